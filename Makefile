@@ -1,0 +1,60 @@
+# Everything a person or CI does with this repository. `make help` lists it.
+
+BASE_PYTHON ?= python3
+TORCH       ?= torch==2.13.0
+# e.g. https://download.pytorch.org/whl/cpu, for the CPU build where the default index serves the CUDA one
+TORCH_INDEX ?=
+# A folder in COCO format for `make quickstart`; empty: a synthetic set is drawn
+DATA        ?=
+
+ifdef PYTHON
+# Somebody's own environment: used as it is, nothing is installed, not even this repository.
+INSTALLED :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PYTHON    := $(CURDIR)/.venv/bin/python
+INSTALLED := .venv/.installed
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+endif
+# -qq: errors only
+PIP_INSTALL := '$(PYTHON)' -m pip --disable-pip-version-check -qq install
+
+.DEFAULT_GOAL := build
+.PHONY: help env build quickstart test check format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(INSTALLED)  ## the environment .venv; TORCH=torch==X.Y.Z and TORCH_INDEX=URL choose the build of torch
+
+# Started afresh when the last attempt did not finish; brought up to date when only setup.py changed.
+.venv/.installed: setup.py
+	@$(BASE_PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Tenfold needs Python 3.11 or later; found %s. Choose one: make BASE_PYTHON=python3.12" % sys.version.split()[0])'
+	@$(BASE_PYTHON) -m venv $(if $(wildcard $@),,--clear) .venv || { echo "error: python3 cannot make an environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing $(TORCH) in .venv (its CUDA build is a large download)"
+	@$(PIP_INSTALL) setuptools wheel
+	@$(PIP_INSTALL) '$(TORCH)' $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)')
+	@echo "installing tenfold and what it needs in .venv"
+	@DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+build: env  ## what has to be compiled: nothing yet, ops runs in plain torch
+
+quickstart: build  ## from nothing to a trained detector, its AP and its pictures; DATA=FOLDER: your own images
+	@PYTHON='$(PYTHON)' DATA='$(DATA)' launch/quickstart.sh
+
+test: build  ## the test suite; what needs a GPU, SLURM or real data skips and says so
+	@'$(PYTHON)' -m pytest
+
+check: env  ## linter, formatting, types
+	@'$(PYTHON)' -m ruff check .
+	@'$(PYTHON)' -m ruff format --check .
+	@'$(PYTHON)' -m mypy
+
+format: env  ## format the code and mend what the linter can
+	@'$(PYTHON)' -m ruff check --fix-only .
+	@'$(PYTHON)' -m ruff format .
+
+clean:  ## remove the environment, what was built, caches; runs/ and data/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Data sets on disk: draw them, convert them to shards, check them."""

@@ -1,0 +1,154 @@
+"""The schema that the writer of shards and their reader share: sample, manifest and index.
+
+A shard set is a folder:
+
+    shard-000000.tar ...   uncompressed tar; two members a sample: <key>.jpg (the original bytes), <key>.json
+    index.npy              one INDEX_DTYPE record a sample, in the order of the shards: where its bytes are
+    manifest.json          classes, shards with their sha256, counts, fingerprint; written last, so that a set
+                           without a manifest is an unfinished one
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from framework.errors import InputError
+
+FORMAT = "tenfold-shards-1"
+MANIFEST, INDEX = "manifest.json", "index.npy"
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("image_id", "<i8"),
+        ("shard", "<u4"),
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("boxes", "<u4"),
+        ("image_offset", "<u8"),
+        ("image_length", "<u4"),
+        ("image_crc32", "<u4"),
+        ("json_offset", "<u8"),
+        ("json_length", "<u4"),
+        ("json_crc32", "<u4"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The annotations of one image; N boxes, crowds included.
+
+    boxes_xyxy_px: N x 4 floats, inside the image of width x height pixels, x2 > x1 and y2 > y1.
+    labels: N class indices, contiguous from 0, in the order of the manifest's classes.
+    category_ids: N COCO category ids. areas: N floats in px^2 (of the mask where there is one).
+    segmentation: N times whatever the annotation file held.
+    """
+
+    image_id: int
+    file_name: str
+    width: int
+    height: int
+    boxes_xyxy_px: list[list[float]]
+    labels: list[int]
+    category_ids: list[int]
+    areas: list[float]
+    iscrowd: list[int]
+    annotation_ids: list[int]
+    segmentation: list[Any]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Sample":
+        """Raises InputError when the bytes are not JSON of this schema."""
+        try:
+            sample = cls(**json.loads(data))
+            count = len(sample.boxes_xyxy_px)
+            per_box = (sample.labels, sample.category_ids, sample.areas, sample.iscrowd,
+                       sample.annotation_ids, sample.segmentation)  # fmt: skip
+            if any(len(values) != count for values in per_box):
+                raise ValueError("its lists differ in length")
+            if any(len(box) != 4 for box in sample.boxes_xyxy_px):
+                raise ValueError("a box does not have 4 numbers")
+            return sample
+        except (ValueError, TypeError) as error:
+            raise InputError(f"not a sample's JSON: {error}") from error
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class: its name and its COCO category id. Its contiguous label is its place in the manifest."""
+
+    name: str
+    category_id: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a shard set holds. `fingerprint` names its content: classes, shards and index."""
+
+    classes: list[Category]
+    shards: list[Shard]
+    images: int
+    boxes: int
+    index_sha256: str
+    repairs: dict[str, int]
+    fingerprint: str = ""
+    format: str = FORMAT
+
+    def computed_fingerprint(self) -> str:
+        content = [[asdict(c) for c in self.classes], [s.sha256 for s in self.shards], self.index_sha256]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Raises InputError: no manifest, not a manifest, another format, a name that leaves the folder."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: no {MANIFEST}; expected a finished shard set: make one with 'python -m data_tools.convert'"
+        )
+    try:
+        raw = json.loads(path.read_bytes())
+        if raw["format"] != FORMAT:
+            raise InputError(f"{path}: format {raw['format']!r}, expected {FORMAT!r}; convert the data again")
+        raw["classes"] = [Category(**c) for c in raw["classes"]]
+        raw["shards"] = [Shard(**s) for s in raw["shards"]]
+        manifest = Manifest(**raw)
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a manifest of shards ({type(error).__name__}: {error})") from error
+    for shard in manifest.shards:
+        if not isinstance(shard.name, str) or Path(shard.name).name != shard.name or shard.name in ("", ".", ".."):
+            raise InputError(f"{path}: shard name {shard.name!r} is not a plain file name")
+    if manifest.fingerprint != manifest.computed_fingerprint():
+        raise InputError(f"{path}: its fingerprint {manifest.fingerprint!r} does not fit its content; it was edited")
+    return manifest
+
+
+def read_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
+    """The index, memory-mapped, of shape (images,) and dtype INDEX_DTYPE; InputError when it does not fit."""
+    path = Path(folder) / INDEX
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not an index ({error}); convert the data again") from error
+    if index.dtype != INDEX_DTYPE or index.shape != (manifest.images,):
+        raise InputError(
+            f"{path}: {index.shape} records of {index.dtype}, expected {manifest.images}; convert the data again"
+        )
+    return index

@@ -1,0 +1,1 @@
+"""Tenfold's trainer: configuration, model, losses, data, engine, evaluation and tracking."""

@@ -1,0 +1,81 @@
+"""DeepSpeed's engine and its configuration, computed from ours, so that no number is written twice."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from framework.errors import UsageError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """zero_stage: 0 (replicated), 1 (moments sharded). precision auto: bf16 on GPUs that are good at it, else fp32.
+
+    activation_checkpointing: keep only the inputs of transformer layers, compute the rest again in backward.
+    offload_optimizer: moments and fp32 weights in host memory (GPUs only).
+    """
+
+    zero_stage: int = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    activation_checkpointing: bool = False
+    offload_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1):
+            raise UsageError(f"engine.zero_stage: found {self.zero_stage}, expected 0 or 1")
+        if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
+            raise UsageError(
+                f"engine.zero_stage, engine.precision: found 0 and {self.precision}; DeepSpeed keeps fp32 weights "
+                "beside a lower precision from stage 1 on: set engine.zero_stage=1"
+            )
+        if self.zero_stage == 0 and self.offload_optimizer:
+            raise UsageError("engine.zero_stage, engine.offload_optimizer: found 0 and true; set engine.zero_stage=1")
+
+
+def precision_for(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products. Raises UsageError: fp16 without a GPU."""
+    if config.precision == "fp16" and device.type != "cuda":
+        raise UsageError("engine.precision: found fp16 on a machine without GPU; set engine.precision=fp32 or bf16")
+    if config.precision == "auto":
+        good = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if good and config.zero_stage > 0 else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+
+
+def deepspeed_config(
+    config: EngineConfig, *, device: torch.device, global_batch: int, micro_batch: int, accumulation: int,
+    clip_norm: float,
+) -> dict[str, Any]:  # fmt: skip
+    """The dict for deepspeed.initialize. The optimizer is ours, the schedule too."""
+    dtype = precision_for(config, device)
+    if config.offload_optimizer and device.type != "cuda":
+        raise UsageError("engine.offload_optimizer: found true on a machine without GPU; set it to false")
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {"enabled": dtype != torch.float32, "dtype": str(dtype).removeprefix("torch.")},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 2**31,  # our own console and TensorBoard report
+        "wall_clock_breakdown": False,
+    }
+
+
+def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine over `model`, which it moves to this rank's device."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    return engine

@@ -1,0 +1,59 @@
+"""One training step: forward, loss and backward of this rank's micro-batches, and one update of the weights."""
+
+import hashlib
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from framework.data.batch import Batch
+from framework.engine.ranks import Ranks
+from framework.errors import InputError
+from framework.losses.criterion import Criterion
+
+
+def train_step(
+    engine: Any, criterion: Criterion, micro_batches: list[Batch], *, ranks: Ranks, seed: int, step: int
+) -> dict[str, Tensor]:
+    """Returns this rank's means over its micro-batches: loss/total, loss/<term>; and the gradient norm of all.
+
+    What is random draws from (seed, step, micro-batch), and losses are divided by the boxes of the global batch:
+    the same step in any world. Raises InputError with the image ids when the assignment meets numbers that are
+    not finite, or more boxes than queries.
+    """
+    num_boxes = boxes_per_micro_batch(micro_batches, ranks)
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=ranks.device))
+    for i, batch in enumerate(micro_batches):
+        torch.manual_seed(draw_seed(seed, step, ranks.rank * len(micro_batches) + i))
+        predictions = engine(*batch.inputs(ranks.device))
+        try:
+            losses = criterion(predictions, batch.targets.to(ranks.device), num_boxes)
+        except (FloatingPointError, ValueError) as error:
+            raise InputError(f"step {step}: {error}; image ids of the batch: {batch.image_ids}") from error
+        total = criterion.total(losses)
+        engine.backward(total)
+        norm = replicated_gradient_norm(engine)
+        engine.step()  # updates the weights after the last micro-batch of the step, and only then
+        for name, loss in {"total": total, **losses}.items():
+            sums[f"loss/{name}"] += loss.detach() / len(micro_batches)
+    sums["grad_norm"] = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm, device=ranks.device)
+    return dict(sums)
+
+
+def replicated_gradient_norm(engine: Any) -> Tensor | None:
+    """The norm before clipping under ZeRO 0, where DeepSpeed does not keep it; None where it does."""
+    if engine.zero_optimization_stage() > 0:
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def boxes_per_micro_batch(micro_batches: list[Batch], ranks: Ranks) -> Tensor:
+    """Mean number of target boxes of a micro-batch over the global batch, at least 1; float32 scalar."""
+    count = torch.tensor(float(sum(len(b.targets.labels_N) for b in micro_batches)), device=ranks.device)
+    return (ranks.sum(count) / (len(micro_batches) * ranks.world)).clamp(min=1.0)
+
+
+def draw_seed(seed: int, step: int, micro_batch: int) -> int:
+    """A seed for what is random in one micro-batch of one step, whichever rank computes it."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=7).digest(), "big")

@@ -1,0 +1,109 @@
+"""The loss: classification, L1 and generalised IoU of matched boxes, over all decoder layers at once.
+
+# B image, K decoder layer, Q query, C class, N target boxes of the batch, concatenated
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from framework.boxes import cxcywh_to_xyxy, generalized_iou
+from framework.data.batch import Targets
+from framework.errors import UsageError
+from framework.losses.matcher import MatchCosts, match
+from framework.models.detector import Predictions
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms, in the loss and in the matching. Defaults: Zhu et al. 2021 (DETR: class_weight 1)."""
+
+    class_weight: float = 2.0
+    box_weight: float = 5.0
+    giou_weight: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    no_object_weight: float = 0.1  # of the no-object class under softmax
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            if value < 0:
+                raise UsageError(f"loss.{key}: found {value}, expected at least 0")
+
+
+class Criterion:
+    """Maps predictions and targets to named scalars, unweighted; `total` weighs and adds them.
+
+    Names: class, box, giou, with /layer<k> for every decoder layer k but the last, /proposals for the first stage.
+    """
+
+    def __init__(self, config: LossConfig, classification: Literal["focal", "softmax"]):
+        self.config = config
+        self.classification = classification
+        self.weights = {"class": config.class_weight, "box": config.box_weight, "giou": config.giou_weight}
+        self.costs = MatchCosts(*self.weights.values(), config.focal_alpha, config.focal_gamma)
+
+    def __call__(self, predictions: Predictions, targets: Targets, num_boxes: float | Tensor) -> dict[str, Tensor]:
+        """num_boxes: targets a micro-batch has on average over the global batch, at least 1.
+
+        Raises what `match` raises.
+        """
+        K = len(predictions.logits_KBQC)
+        names = [f"/layer{layer}" for layer in range(K - 1)] + [""]
+        losses = self._losses(predictions, targets, num_boxes, names)
+        if predictions.proposals is not None:  # proposals know objects only: every target is class 0
+            anything = replace(targets, labels_N=torch.zeros_like(targets.labels_N))
+            losses |= self._losses(predictions.proposals, anything, num_boxes, ["/proposals"])
+        return losses
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name.split("/")[0]] * loss for name, loss in losses.items()]).sum()
+
+    def _losses(
+        self, predictions: Predictions, targets: Targets, num_boxes: float | Tensor, names: list[str]
+    ) -> dict[str, Tensor]:
+        logits_KBQC, boxes_KBQ4 = predictions.logits_KBQC, predictions.boxes_KBQ4
+        query_KN = match(logits_KBQC, boxes_KBQ4, targets, classification=self.classification, costs=self.costs)
+        if self.classification == "focal":
+            class_K = self._focal(logits_KBQC, targets, query_KN) / num_boxes
+        else:
+            class_K = self._cross_entropy(logits_KBQC, targets, query_KN)
+        box_K, giou_K = matched_box_losses(boxes_KBQ4, targets, query_KN)
+        terms = {"class": class_K, "box": box_K / num_boxes, "giou": giou_K / num_boxes}
+        return {term + name: loss_K[k] for term, loss_K in terms.items() for k, name in enumerate(names)}
+
+    def _focal(self, logits_KBQC: Tensor, targets: Targets, query_KN: Tensor) -> Tensor:
+        """Sum over queries and classes, (K,). Source: Lin et al. 2017, equation 5."""
+        layer_K1 = torch.arange(len(query_KN), device=query_KN.device)[:, None]
+        wanted_KBQC = torch.zeros_like(logits_KBQC)
+        wanted_KBQC[layer_K1, targets.image_N, query_KN, targets.labels_N] = 1.0
+        cross_entropy = F.binary_cross_entropy_with_logits(logits_KBQC, wanted_KBQC, reduction="none")
+        p = logits_KBQC.sigmoid()
+        missed = p + wanted_KBQC - 2 * p * wanted_KBQC  # 1 - probability given to the truth
+        alpha, gamma = self.config.focal_alpha, self.config.focal_gamma
+        weight = alpha * wanted_KBQC + (1 - alpha) * (1 - wanted_KBQC)
+        loss_KBQC = weight * cross_entropy * missed**gamma
+        return (loss_KBQC * targets.valid_B[:, None, None]).sum((1, 2, 3))
+
+    def _cross_entropy(self, logits_KBQC: Tensor, targets: Targets, query_KN: Tensor) -> Tensor:
+        """Weighted mean over queries, (K,); unmatched ones are no object. Source: Carion et al. 2020, section 3.1."""
+        K, B, Q, C = logits_KBQC.shape
+        layer_K1 = torch.arange(K, device=query_KN.device)[:, None]
+        wanted_KBQ = torch.full((K, B, Q), C - 1, dtype=torch.int64, device=query_KN.device)
+        wanted_KBQ[layer_K1, targets.image_N, query_KN] = targets.labels_N.expand(K, -1)
+        loss_KBQ = F.cross_entropy(logits_KBQC.flatten(0, 2), wanted_KBQ.flatten(), reduction="none").view(K, B, Q)
+        weight_KBQ = torch.where(wanted_KBQ == C - 1, self.config.no_object_weight, 1.0) * targets.valid_B[:, None]
+        return (loss_KBQ * weight_KBQ).sum((1, 2)) / weight_KBQ.sum((1, 2)).clamp(min=1e-6)
+
+
+def matched_box_losses(boxes_KBQ4: Tensor, targets: Targets, query_KN: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over matched pairs of L1 and of 1 - GIoU: two of (K,)."""
+    layer_K1 = torch.arange(len(query_KN), device=query_KN.device)[:, None]
+    predicted_KN4 = boxes_KBQ4[layer_K1, targets.image_N, query_KN]
+    wanted_N4 = targets.boxes_cxcywh_N4
+    box_K = (predicted_KN4 - wanted_N4).abs().sum((1, 2))
+    giou_KN = generalized_iou(cxcywh_to_xyxy(predicted_KN4), cxcywh_to_xyxy(wanted_N4))
+    return box_K, (1 - giou_KN).sum(1)

@@ -1,0 +1,94 @@
+"""Which query explains which target: the assignment of least total cost, per decoder layer and image.
+
+# B image, K decoder layer, Q query, C class, N target boxes of the batch, concatenated
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from framework.boxes import cxcywh_to_xyxy, generalized_iou
+from framework.data.batch import Targets
+
+
+@dataclass(frozen=True)
+class MatchCosts:
+    """Weights of the terms of a pair's cost; the published ones are the loss weights of the same terms."""
+
+    class_cost: float = 2.0
+    box_cost: float = 5.0
+    giou_cost: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+
+
+@torch.no_grad()
+def match(
+    logits_KBQC: Tensor,
+    boxes_KBQ4: Tensor,
+    targets: Targets,
+    *,
+    classification: Literal["focal", "softmax"],
+    costs: MatchCosts,
+) -> Tensor:
+    """Assign each target box to one query at least total cost, per layer and image.
+
+    Args:
+        logits_KBQC: float32, before sigmoid (focal) or softmax.
+        boxes_KBQ4: cxcywh, fractions of the unpadded image.
+        targets: N boxes of the batch, concatenated; counts_B says whose.
+    Returns:
+        query_KN: int64 on the device of the logits; in layer k, query query_KN[k, n] explains target n.
+    Raises:
+        ValueError: an image has more targets than there are queries.
+        FloatingPointError: a cost is not finite; names the layer and the image.
+    Source: Carion et al. 2020, section 3.1; focal class cost of Zhu et al. 2021.
+    """
+    K, B, Q, _ = logits_KBQC.shape
+    for image, count in enumerate(targets.counts_B):
+        if count > Q:
+            raise ValueError(
+                f"image {image} of the batch has {count} boxes and the model {Q} queries: raise model.num_queries"
+            )
+    cost_KNQ = pair_costs(logits_KBQC, boxes_KBQ4, targets, classification, costs).cpu().numpy()
+    query_KN = np.empty(cost_KNQ.shape[:2], dtype=np.int64)
+    starts = np.cumsum([0, *targets.counts_B])
+    for layer in range(K):
+        for image in range(B):
+            mine = slice(starts[image], starts[image + 1])
+            cost_nQ = cost_KNQ[layer, mine]
+            if not np.isfinite(cost_nQ).all():
+                raise FloatingPointError(
+                    f"matching: a cost is not finite in decoder layer {layer}, image {image} of the batch"
+                )
+            rows, columns = linear_sum_assignment(cost_nQ)
+            query_KN[layer, mine][rows] = columns
+    return torch.from_numpy(query_KN).to(logits_KBQC.device)
+
+
+def pair_costs(
+    logits_KBQC: Tensor, boxes_KBQ4: Tensor, targets: Targets, classification: str, costs: MatchCosts
+) -> Tensor:
+    """Cost of explaining target n by query q of its own image: (K, N, Q). No pair crosses images."""
+    image_N = targets.image_N
+    if classification == "focal":
+        class_KNQ = _focal_cost(logits_KBQC[:, image_N, :, targets.labels_N].permute(1, 0, 2), costs)
+    else:
+        class_KNQ = -logits_KBQC.softmax(-1)[:, image_N, :, targets.labels_N].permute(1, 0, 2)
+    predicted_KNQ4 = boxes_KBQ4[:, image_N]
+    wanted_N14 = targets.boxes_cxcywh_N4[:, None]
+    box_KNQ = (predicted_KNQ4 - wanted_N14).abs().sum(-1)
+    giou_KNQ = generalized_iou(cxcywh_to_xyxy(predicted_KNQ4), cxcywh_to_xyxy(wanted_N14))
+    return costs.class_cost * class_KNQ + costs.box_cost * box_KNQ - costs.giou_cost * giou_KNQ
+
+
+def _focal_cost(logits: Tensor, costs: MatchCosts) -> Tensor:
+    """What the focal loss of this logit falls by when its target turns from 0 to 1, with the published 1e-8."""
+    p, alpha, gamma = logits.sigmoid(), costs.focal_alpha, costs.focal_gamma
+    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
+    negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
+    return positive - negative

@@ -1,0 +1,66 @@
+"""Where queries look: at a few learnt points of every level, or at every pixel of one level.
+
+Both kinds take the same arguments, so that encoder and decoder do not know which one they hold.
+
+# B image, L level, S = sum of H*W over levels, Q query, D model width, n = 2 (x, y) or 4 (cx, cy, w, h)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ops import MSDeformAttn
+
+
+@dataclass
+class Pyramid:
+    """The geometry of L feature maps, flattened and concatenated into S tokens.
+
+    shapes_hw: L pairs of host integers. position_BSD: float32. padding_BS: bool, True on padding.
+    valid_ratios_BL2: float32, share (x, y) of each level's map that is not padding.
+    """
+
+    shapes_hw: list[tuple[int, int]]
+    position_BSD: Tensor
+    padding_BS: Tensor
+    valid_ratios_BL2: Tensor
+
+    def centres_BS2(self) -> Tensor:
+        """Centre (x, y) of each token, as fractions of the unpadded image."""
+        centres = []
+        for level, (height, width) in enumerate(self.shapes_hw):
+            device = self.valid_ratios_BL2.device
+            y = torch.arange(height, device=device, dtype=torch.float32) + 0.5
+            x = torch.arange(width, device=device, dtype=torch.float32) + 0.5
+            grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).view(1, -1, 2)
+            size = self.valid_ratios_BL2[:, None, level] * grid.new_tensor([width, height])
+            centres.append(grid / size)
+        return torch.cat(centres, dim=1)
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention. Source: Zhu et al. 2021, section 4.1."""
+
+    def __init__(self, width: int, num_levels: int, num_heads: int, num_points: int):
+        super().__init__()
+        self.sample = MSDeformAttn(width, num_levels, num_heads, num_points)
+
+    def forward(self, query_BQD: Tensor, references_BQn: Tensor, tokens_BSD: Tensor, pyramid: Pyramid) -> Tensor:
+        """query already holds its position; references are fractions of the unpadded image. Returns (B, Q, D)."""
+        ratios = pyramid.valid_ratios_BL2.repeat(1, 1, references_BQn.shape[-1] // 2)
+        references_BQLn = references_BQn[:, :, None] * ratios[:, None]
+        return self.sample(query_BQD, references_BQLn, tokens_BSD, pyramid.shapes_hw, pyramid.padding_BS)
+
+
+class DenseAttention(nn.Module):
+    """Attention to every token, as in DETR; references are not used. Source: Carion et al. 2020, section 3.2."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(width, num_heads, dropout=dropout, batch_first=True)
+
+    def forward(self, query_BQD: Tensor, references_BQn: Tensor | None, tokens_BSD: Tensor, pyramid: Pyramid) -> Tensor:
+        """query already holds its position. Returns (B, Q, D)."""
+        key_BSD = tokens_BSD + pyramid.position_BSD
+        return self.attend(query_BQD, key_BSD, tokens_BSD, key_padding_mask=pyramid.padding_BS, need_weights=False)[0]

@@ -1,0 +1,143 @@
+"""ResNet 18/34/50/101 with torchvision's parameter names, frozen batch norm or group norm.
+
+# B image, C channel, H and W height and width of a map
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+NormLayer = Callable[[int], nn.Module]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """name: which ResNet. dilation: DC5, the last stage at stride 16 with dilation 2 instead of stride 32.
+
+    norm: frozen (batch norm whose statistics and affine never change; stem and first stage do not train
+    either, as published) or group (32 groups, everything trains: for training from scratch).
+    weights: a torchvision ResNet file to start from.
+    """
+
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    dilation: bool = False
+    norm: Literal["frozen", "group"] = "frozen"
+    weights: str | None = None
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm with fixed statistics and affine, all four of them buffers."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x_BCHW * scale[:, None, None].to(x_BCHW.dtype) + shift[:, None, None].to(x_BCHW.dtype)
+
+
+def group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(32, channels)
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, c_in: int, c: int, stride: int, dilation: int, norm: NormLayer, downsample: nn.Module | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn1 = norm(c)
+        self.conv2 = nn.Conv2d(c, c, 3, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = norm(c)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, c_in: int, c: int, stride: int, dilation: int, norm: NormLayer, downsample: nn.Module | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c, 1, bias=False)
+        self.bn1 = norm(c)
+        self.conv2 = nn.Conv2d(c, c, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = norm(c)
+        self.conv3 = nn.Conv2d(c, c * self.expansion, 1, bias=False)
+        self.bn3 = norm(c * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        return self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+}
+
+
+class ResNet(nn.Module):
+    """images (B, 3, H, W) -> the maps of its last `num_maps` stages, finest first.
+
+    strides and channels list what each returned map has. Source: He et al. 2016; layout of torchvision.
+    """
+
+    def __init__(self, name: str, *, num_maps: int, dilation: bool, norm: NormLayer, freeze_stem: bool):
+        super().__init__()
+        block, depths = BLOCKS[name]
+        self.num_maps = num_maps
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = _stage(block, 64, 64, depths[0], 1, 1, norm)
+        self.layer2 = _stage(block, 64 * block.expansion, 128, depths[1], 2, 1, norm)
+        self.layer3 = _stage(block, 128 * block.expansion, 256, depths[2], 2, 1, norm)
+        self.layer4 = _stage(block, 256 * block.expansion, 512, depths[3], *((1, 2) if dilation else (2, 1)), norm)
+        self.strides = [8, 16, 16 if dilation else 32][-num_maps:]
+        self.channels = [c * block.expansion for c in (128, 256, 512)][-num_maps:]
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if freeze_stem:
+            for frozen in (self.conv1, self.layer1):
+                frozen.requires_grad_(False)
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images_B3HW))))
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            maps.append(x)
+        return maps[-self.num_maps :]
+
+
+def _stage(
+    block: type[BasicBlock] | type[Bottleneck], c_in: int, c: int, depth: int, stride: int, dilation: int, norm: NormLayer
+) -> nn.Sequential:
+    """The first block keeps dilation 1, as torchvision does when it trades stride for dilation."""
+    c_out = c * block.expansion
+    downsample = None
+    if stride != 1 or c_in != c_out:
+        downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), norm(c_out))
+    first = block(c_in, c, stride, 1, norm, downsample)
+    rest = [block(c_out, c, 1, dilation, norm, None) for _ in range(depth - 1)]
+    return nn.Sequential(first, *rest)

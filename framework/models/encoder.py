@@ -1,0 +1,61 @@
+"""The encoder: every token of the pyramid looks at the pyramid.
+
+# B image, S token, D model width
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from framework.models.attention import Pyramid
+
+
+class FeedForward(nn.Module):
+    """Linear, ReLU, linear, with its residual and norm (post-norm)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        y = self.linear2(self.dropout(self.linear1(x_BSD).relu()))
+        return self.norm(x_BSD + self.dropout(y))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, attention: nn.Module, width: int, ffn_width: int, dropout: float):
+        super().__init__()
+        self.attention = attention
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.ffn = FeedForward(width, ffn_width, dropout)
+
+    def forward(self, tokens_BSD: Tensor, centres_BS2: Tensor, pyramid: Pyramid) -> Tensor:
+        looked = self.attention(tokens_BSD + pyramid.position_BSD, centres_BS2, tokens_BSD, pyramid)
+        return self.ffn(self.norm(tokens_BSD + self.dropout(looked)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.run = run
+
+    def forward(self, tokens_BSD: Tensor, pyramid: Pyramid) -> Tensor:
+        centres_BS2 = pyramid.centres_BS2()
+        for layer in self.layers:
+            tokens_BSD = self.run(layer, tokens_BSD, centres_BS2, pyramid)
+        return tokens_BSD
+
+
+def run(layer: Callable[..., Tensor], *inputs: object) -> Tensor:
+    return layer(*inputs)
+
+
+def recomputed(layer: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """Keep no activations of the layer; compute them again in backward."""
+    return checkpoint(layer, *inputs, use_reentrant=False)

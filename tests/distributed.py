@@ -1,0 +1,34 @@
+"""Run a function in several real processes that can talk to each other (gloo)."""
+
+import os
+import pickle
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """function(ranks, *args) on `world` processes; what each returned, in the order of ranks.
+
+    The function has to be importable by its name. An error in one process is raised here.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as results:
+        multiprocessing.spawn(_one_rank, (world, port, results, function, args), nprocs=world)
+        return [pickle.loads((Path(results) / str(rank)).read_bytes()) for rank in range(world)]
+
+
+def _one_rank(rank: int, world: int, port: int, results: str, function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    from framework.engine.ranks import init_ranks
+
+    (Path(results) / str(rank)).write_bytes(pickle.dumps(function(init_ranks(), *args)))

@@ -1,0 +1,194 @@
+"""Save, break, load: real DeepSpeed engines in real processes."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from framework.engine import checkpoint
+from framework.engine.ds_config import EngineConfig, deepspeed_config, start_engine
+from framework.engine.optimizer import OptimConfig, build_optimizer, learning_rates, set_learning_rates
+from framework.engine.ranks import Ranks
+from framework.errors import InputError
+from tests.distributed import run_ranks
+
+GLOBAL_BATCH = 8
+
+
+class Model(nn.Module):
+    """All three parameter groups, a tied layer, a buffer; sizes that no world divides."""
+
+    def __init__(self, width: int = 13):
+        super().__init__()
+        self.backbone = nn.Linear(7, width)
+        self.reference_points = nn.Linear(width, 5)
+        self.heads = nn.ModuleList([nn.Linear(5, 3)] * 2)
+        self.register_buffer("scale", torch.full((3,), 1.5))
+
+    def forward(self, x):
+        hidden = self.reference_points(self.backbone(x).relu())
+        return sum(head(hidden) for head in self.heads) * self.scale
+
+
+def engine_of(ranks: Ranks, stage: int, width: int = 13):
+    torch.manual_seed(0)
+    model, optim = Model(width), OptimConfig(lr=1e-2)
+    micro = 2
+    return start_engine(model, build_optimizer(model, optim, ranks.device), deepspeed_config(
+        EngineConfig(zero_stage=stage, precision="fp32"), device=ranks.device, global_batch=GLOBAL_BATCH,
+        micro_batch=micro, accumulation=GLOBAL_BATCH // micro // ranks.world, clip_norm=0.1,
+    ))  # fmt: skip
+
+
+def train(engine, ranks: Ranks, steps: range) -> list[float]:
+    """The mean loss of the global batch at each step; who computes which micro-batch is as in training."""
+    losses = []
+    for step in steps:
+        rates = learning_rates(OptimConfig(lr=1e-2), step, global_batch=32, steps_per_epoch=2, drop_epochs=[2])
+        set_learning_rates(engine.optimizer, rates)
+        mine = GLOBAL_BATCH // 2 // ranks.world
+        total = torch.zeros(())
+        for micro in range(ranks.rank * mine, (ranks.rank + 1) * mine):
+            x = torch.randn(2, 7, generator=torch.Generator().manual_seed(100 * step + micro))
+            loss = (engine(x) - x[:, :3]).square().mean()
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / (GLOBAL_BATCH // 2)
+        losses.append(ranks.sum(total).item())
+    return losses
+
+
+def uninterrupted(ranks: Ranks, stage: int) -> list[float]:
+    return train(engine_of(ranks, stage), ranks, range(6))
+
+
+def first_half(ranks: Ranks, stage: int, run_dir: Path) -> list[float]:
+    engine = engine_of(ranks, stage)
+    losses = train(engine, ranks, range(3))
+    checkpoint.save(run_dir, engine, {"step": 3}, ranks=ranks, keep=2)
+    return losses + train(engine, ranks, range(3, 6))
+
+
+def second_half(ranks: Ranks, stage: int, run_dir: Path) -> list[float]:
+    engine = engine_of(ranks, stage)
+    folder = checkpoint.newest_on_all(run_dir, ranks)
+    assert folder is not None
+    assert checkpoint.load(folder, engine)["step"] == 3
+    return train(engine, ranks, range(3, 6))
+
+
+def save_and_resume(ranks: Ranks, run_dir: Path) -> dict[int, tuple[list[float], list[float]]]:
+    return {
+        stage: (first_half(ranks, stage, run_dir / f"{stage}"), second_half(ranks, stage, run_dir / f"{stage}"))
+        for stage in (0, 1)
+    }
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_resume_is_exact_in_the_same_world_and_close_in_another(world, tmp_path):
+    for per_stage in run_ranks(world, save_and_resume, tmp_path):
+        for whole, resumed in per_stage.values():
+            assert whole[3:] == resumed
+        assert per_stage[0][0] == pytest.approx(per_stage[1][0], rel=1e-6)
+    for stage in (0, 1):  # what two ranks wrote, one reads, at the other stage
+        other = run_ranks(3 - world, second_half, 1 - stage, tmp_path / f"{stage}")[0]
+        assert other == pytest.approx(per_stage[stage][1], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run folder with two checkpoints, made by one process."""
+    run_dir = tmp_path_factory.mktemp("run")
+    run_ranks(1, save_two, run_dir)
+    return run_dir
+
+
+def save_two(ranks: Ranks, run_dir: Path) -> None:
+    engine = engine_of(ranks, 1)
+    for step in (1, 2, 3):
+        train(engine, ranks, range(step - 1, step))
+        checkpoint.save(run_dir, engine, {"step": step}, ranks=ranks, keep=2)
+
+
+@pytest.fixture
+def run_dir(saved, tmp_path):
+    import shutil
+
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def test_only_the_newest_are_kept(saved):
+    assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_passed_over(run_dir, file, damage, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("tenfold"), "propagate", True)
+    path = run_dir / "checkpoints/step-00000003" / file
+    if damage == "flip":
+        if file == "MANIFEST.json":
+            path.write_text(path.read_text().replace("bytes", "bytez"))
+        else:
+            flip_a_byte(path)
+    elif damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        path.unlink()
+    assert checkpoint.newest(run_dir).name == "step-00000002"
+    assert "step-00000003 is not used" in caplog.text
+
+
+def test_an_unfinished_checkpoint_is_not_taken(run_dir):
+    (run_dir / "checkpoints/step-00000003").rename(run_dir / "checkpoints/step-00000009.tmp")
+    assert checkpoint.newest(run_dir).name == "step-00000002"
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+
+
+def load_into_another(ranks: Ranks, run_dir: Path) -> str:
+    engine = engine_of(ranks, 1, width=11)
+    before = engine.module.backbone.weight.clone()
+    with pytest.raises(InputError) as error:
+        checkpoint.load(checkpoint.newest(run_dir), engine)
+    assert torch.equal(before, engine.module.backbone.weight)
+    return str(error.value)
+
+
+def test_another_model_is_refused_by_name(saved):
+    message = run_ranks(1, load_into_another, saved)[0]
+    assert "a checkpoint of another model" in message
+    assert "backbone.weight: found [13, 7], expected [11, 7]" in message
+
+
+def test_files_hold_names_and_no_pickle(saved):
+    folder = checkpoint.newest(saved)
+    weights = checkpoint.read_weights(folder)
+    assert set(weights) == {f"{layer}.{kind}" for layer in ("backbone", "reference_points", "heads.0")
+                            for kind in ("weight", "bias")} | {"scale"}  # fmt: skip
+    assert json.loads((folder / "state.json").read_text())["adam_step"] == 3
+    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def write_into_a_file(ranks: Ranks, run_dir: Path) -> list[str]:
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run_dir / "checkpoints/step-00000001.tmp").write_text("in the way of a folder")
+    with pytest.raises(InputError) as error:
+        checkpoint.save(run_dir, engine_of(ranks, 1), {"step": 1}, ranks=ranks, keep=1)
+    return [str(error.value)]
+
+
+def test_a_failed_write_is_an_error_on_every_rank(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert all("could not be written" in message for [message] in run_ranks(2, write_into_a_file, tmp_path))

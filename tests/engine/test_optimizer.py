@@ -1,0 +1,90 @@
+import sys
+import types
+
+import pytest
+import torch
+
+from framework.engine.ds_config import EngineConfig, deepspeed_config, precision_for
+from framework.engine.optimizer import OptimConfig, build_optimizer, learning_rates, parameter_groups
+from framework.errors import UsageError
+from framework.models.build import build_detector
+from tests.models.variants import VARIANTS
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_groups_of_the_published_recipe():
+    with torch.device("meta"):
+        model = build_detector(VARIANTS["base"])
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {g["name"]: {names[id(p)] for p in g["params"]} for g in parameter_groups(model, OptimConfig())}
+    assert set(groups) == {"rest", "backbone", "sampling"}
+    assert all(name.startswith("backbone.layer") for name in groups["backbone"])
+    assert all("sampling_offsets" in n or "reference_points" in n for n in groups["sampling"])
+    assert len(groups["sampling"]) == 2 * 12 + 2  # weight and bias of 12 attentions, and of the reference points
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set.union(*groups.values()) == trainable and sum(map(len, groups.values())) == len(trainable)
+
+
+def rate(step, **changes):
+    config = OptimConfig(**changes)
+    return learning_rates(config, step, global_batch=128, steps_per_epoch=10, drop_epochs=[4, 6])
+
+
+def test_schedule():
+    assert rate(0) == {"rest": 2e-4, "backbone": pytest.approx(2e-5), "sampling": pytest.approx(2e-5)}
+    assert rate(39)["rest"] == 2e-4
+    assert rate(40)["rest"] == pytest.approx(2e-5)
+    assert rate(60)["rest"] == pytest.approx(2e-6)
+    assert rate(0, lr_scaling="sqrt")["rest"] == pytest.approx(4e-4)
+    assert rate(0, lr_scaling="linear")["rest"] == pytest.approx(8e-4)
+    assert [rate(s, warmup_steps=4)["rest"] / 2e-4 for s in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+
+
+def test_one_step_of_auto_is_adamw():
+    torch.manual_seed(0)
+    ours = torch.nn.Linear(3, 4)
+    plain = torch.nn.Linear(3, 4)
+    plain.load_state_dict(ours.state_dict())
+    a = build_optimizer(ours, OptimConfig(), CPU)
+    b = torch.optim.AdamW(plain.parameters(), lr=2e-4, weight_decay=1e-4)
+    for _ in range(3):
+        for model, optimizer in ((ours, a), (plain, b)):
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(ours.weight, plain.weight, atol=1e-7)
+
+
+def test_apex_is_asked_for_where_it_is_not(monkeypatch):
+    with pytest.raises(UsageError, match="optim.impl: found apex on a machine without GPU"):
+        build_optimizer(torch.nn.Linear(1, 1), OptimConfig(impl="apex"), CPU)
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(UsageError, match="not installed; install NVIDIA apex from its repository"):
+        build_optimizer(torch.nn.Linear(1, 1), OptimConfig(impl="apex"), CUDA)
+    other = types.ModuleType("apex")
+    other.__file__, other.__path__ = "site-packages/apex/__init__.py", []
+    monkeypatch.setitem(sys.modules, "apex", other)
+    with pytest.raises(UsageError, match="PyPI's 'apex' is another project"):
+        build_optimizer(torch.nn.Linear(1, 1), OptimConfig(impl="apex"), CUDA)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(zero_stage=0, precision="bf16"), "engine.zero_stage, engine.precision: found 0 and bf16"),
+        (dict(zero_stage=7), "engine.zero_stage: found 7"),
+        (dict(zero_stage=0, offload_optimizer=True), "engine.zero_stage, engine.offload_optimizer"),
+    ],
+)
+def test_refused_engines(changes, message):
+    with pytest.raises(UsageError, match=message):
+        EngineConfig(**changes)
+
+
+def test_refused_on_the_cpu():
+    with pytest.raises(UsageError, match="engine.precision: found fp16 on a machine without GPU"):
+        precision_for(EngineConfig(precision="fp16"), CPU)
+    with pytest.raises(UsageError, match="engine.offload_optimizer: found true on a machine without GPU"):
+        deepspeed_config(EngineConfig(offload_optimizer=True), device=CPU, global_batch=4, micro_batch=1,
+                         accumulation=4, clip_norm=1.0)  # fmt: skip

@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+
+from framework.data.batch import Targets
+from framework.losses.criterion import Criterion, LossConfig
+from framework.models.detector import Predictions
+from tests.losses.test_matcher import problem
+
+
+def test_focal_against_loops():
+    logits, boxes, targets = problem(counts=(1, 2))
+    losses = Criterion(LossConfig(), "focal")(Predictions(logits, boxes), targets, num_boxes=1.5)
+    from framework.losses.matcher import MatchCosts, match
+
+    query_KN = match(logits, boxes, targets, classification="focal", costs=MatchCosts())
+    for layer, name in ((0, "class/layer0"), (1, "class")):
+        expected = 0.0
+        for image in range(2):
+            for query in range(5):
+                for label in range(4):
+                    p = 1 / (1 + math.exp(-logits[layer, image, query, label]))
+                    hit = any(
+                        targets.image_N[n] == image and query_KN[layer, n] == query and targets.labels_N[n] == label
+                        for n in range(3)
+                    )
+                    expected += -0.25 * (1 - p) ** 2 * math.log(p) if hit else -0.75 * p**2 * math.log(1 - p)
+        assert losses[name].item() == pytest.approx(expected / 1.5, rel=1e-5)
+
+
+def test_layers_have_names_and_weights():
+    logits, boxes, targets = problem()
+    criterion = Criterion(LossConfig(class_weight=3.0, box_weight=7.0, giou_weight=11.0), "focal")
+    losses = criterion(Predictions(logits, boxes, Predictions(logits[:1], boxes[:1])), targets, num_boxes=5.0)
+    assert set(losses) == {t + n for t in ("class", "box", "giou") for n in ("/layer0", "", "/proposals")}
+    expected = sum({"class": 3, "box": 7, "giou": 11}[n.split("/")[0]] * loss.item() for n, loss in losses.items())
+    assert criterion.total(losses).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_proposals_know_one_class():
+    logits, boxes, targets = problem()
+    stage = Predictions(logits[:1], boxes[:1])
+    a = Criterion(LossConfig(), "focal")(Predictions(logits, boxes, stage), targets, 5.0)
+    targets.labels_N = torch.zeros_like(targets.labels_N)
+    b = Criterion(LossConfig(), "focal")(stage, targets, 5.0)
+    assert a["class/proposals"] == b["class"]
+
+
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_empty_images_give_a_loss_and_a_gradient(classification):
+    logits, boxes, targets = problem(counts=(0, 0))
+    logits.requires_grad_()
+    criterion = Criterion(LossConfig(), classification)
+    losses = criterion(Predictions(logits, boxes), targets, num_boxes=1.0)
+    assert losses["box"] == losses["giou"] == 0
+    criterion.total(losses).backward()
+    assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_masked_slots_do_not_count(classification):
+    """A batch with a masked slot has the loss of the batch without it."""
+    logits, boxes, targets = problem(counts=(2, 0, 3))
+    targets.valid_B[1] = False
+    rest = Targets(targets.labels_N, targets.boxes_cxcywh_N4, [2, 3], torch.ones(2, dtype=torch.bool))
+    criterion = Criterion(LossConfig(), classification)
+    a = criterion(Predictions(logits, boxes), targets, 5.0)
+    b = criterion(Predictions(logits[:, [0, 2]], boxes[:, [0, 2]]), rest, 5.0)
+    assert {n: x.item() for n, x in a.items()} == pytest.approx({n: x.item() for n, x in b.items()}, rel=1e-5)
+
+
+def test_perfect_predictions_have_no_box_loss():
+    _, _, targets = problem(counts=(2, 1), Q=4)
+    logits = torch.full((1, 2, 4, 4), -20.0)
+    boxes = torch.rand(1, 2, 4, 4) * 0.1 + 0.05
+    for n, (image, query) in enumerate([(0, 3), (0, 1), (1, 2)]):
+        boxes[0, image, query] = targets.boxes_cxcywh_N4[n]
+        logits[0, image, query, targets.labels_N[n]] = 20.0
+    losses = Criterion(LossConfig(), "focal")(Predictions(logits, boxes), targets, 3.0)
+    assert all(loss.item() == pytest.approx(0.0, abs=1e-5) for loss in losses.values())
