@@ -9,6 +9,7 @@ A shard set is a folder:
 """
 
 import hashlib
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +76,11 @@ class Sample:
                 raise ValueError("its lists differ in length")
             if any(len(box) != 4 for box in sample.boxes_xyxy_px):
                 raise ValueError("a box does not have 4 numbers")
+            integers = (*sample.labels, *sample.category_ids, *sample.iscrowd, *sample.annotation_ids)
+            if not all(type(n) is int for n in (sample.image_id, sample.width, sample.height, *integers)):
+                raise ValueError("an id, a size, a label or iscrowd is not an integer")
+            if not all(type(x) in (int, float) for x in itertools.chain(sample.areas, *sample.boxes_xyxy_px)):
+                raise ValueError("a box or an area is not a number")
             return sample
         except (ValueError, TypeError) as error:
             raise InputError(f"not a sample's JSON: {error}") from error

@@ -65,9 +65,7 @@ def fused_ms_deform_attn(
     Q, P = sampling_offsets.shape[1], sampling_offsets.shape[4]
     _check_references("reference_points", reference_points, value, B, Q, L)
     _check("attention_logits", attention_logits, value, B=B, Q=Q, M=M, LP=L * P)
-    return reference.fused_ms_deform_attn(
-        value, spatial_shapes, reference_points, sampling_offsets, attention_logits
-    )
+    return reference.fused_ms_deform_attn(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
 
 
 class MSDeformAttn(nn.Module):
@@ -141,9 +139,7 @@ class MSDeformAttn(nn.Module):
         value_BSME = value_BSD.unflatten(-1, (M, D // M))
         offsets_xy = self.sampling_offsets(query_BQD).view(B, Q, M, L, P, 2)
         logits = self.attention_weights(query_BQD).view(B, Q, M, L * P)
-        return self.output_proj(
-            fused_ms_deform_attn(value_BSME, spatial_shapes, references_BQLN, offsets_xy, logits)
-        )
+        return self.output_proj(fused_ms_deform_attn(value_BSME, spatial_shapes, references_BQLN, offsets_xy, logits))
 
     def _star(self) -> Tensor:
         """Offsets (M*L*P*2): M directions, a circle stretched to a square, times 1..P, at every level."""

@@ -60,9 +60,7 @@ def fused_ms_deform_attn(
         return ms_deform_attn(value, spatial_shapes, locations, weights)
 
 
-def sampling_locations(
-    references_BQLN: Tensor, offsets_xy_BQMLP2: Tensor, spatial_shapes: SpatialShapes
-) -> Tensor:
+def sampling_locations(references_BQLN: Tensor, offsets_xy_BQMLP2: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
     """Where to sample, (B, Q, M, L, P, 2), as x, y in [0, 1] over the level.
 
     Around a point, offsets are pixels of the level. Around a box, an offset of P is half its width or height:

@@ -16,12 +16,16 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
 
     The function has to be importable by its name. An error in one process is raised here.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as results:
         multiprocessing.spawn(_one_rank, (world, port, results, function, args), nprocs=world)
         return [pickle.loads((Path(results) / str(rank)).read_bytes()) for rank in range(world)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _one_rank(rank: int, world: int, port: int, results: str, function: Callable[..., Any], args: Any) -> None:

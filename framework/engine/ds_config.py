@@ -12,7 +12,7 @@ from framework.errors import UsageError
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """zero_stage: 0 (replicated), 1 (moments sharded). precision auto: bf16 on GPUs that are good at it, else fp32.
+    """zero_stage: 0 (replicated), 1 (moments sharded). precision auto: bf16 where the device is good at it, else fp32.
 
     activation_checkpointing: keep only the inputs of transformer layers, compute the rest again in backward.
     offload_optimizer: moments and fp32 weights in host memory (GPUs only).
@@ -40,9 +40,15 @@ def precision_for(config: EngineConfig, device: torch.device) -> torch.dtype:
     if config.precision == "fp16" and device.type != "cuda":
         raise UsageError("engine.precision: found fp16 on a machine without GPU; set engine.precision=fp32 or bf16")
     if config.precision == "auto":
-        good = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if good and config.zero_stage > 0 else torch.float32
+        return torch.bfloat16 if _good_at_bf16(device) and config.zero_stage > 0 else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+
+
+def _good_at_bf16(device: torch.device) -> bool:
+    """GPUs from sm_80 on; CPUs with instructions for it (AVX512-BF16 or AMX), where it is about 1.4 times as fast."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def deepspeed_config(

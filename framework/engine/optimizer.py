@@ -65,7 +65,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
     """
     groups = parameter_groups(model, config)
     impl = "torch" if config.impl == "auto" else config.impl  # torch's fused AdamW exists wherever torch does
-    settings: dict[str, Any] = {"lr": config.lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": config.weight_decay,
+    }
     log.info("optimizer: AdamW, %s implementation", impl)
     if impl == "torch":
         return torch.optim.AdamW(groups, fused=True, **settings)

@@ -44,7 +44,9 @@ class Criterion:
         self.config = config
         self.classification = classification
         self.weights = {"class": config.class_weight, "box": config.box_weight, "giou": config.giou_weight}
-        self.costs = MatchCosts(*self.weights.values(), config.focal_alpha, config.focal_gamma)
+        self.costs = MatchCosts(
+            config.class_weight, config.box_weight, config.giou_weight, config.focal_alpha, config.focal_gamma
+        )
 
     def __call__(self, predictions: Predictions, targets: Targets, num_boxes: float | Tensor) -> dict[str, Tensor]:
         """num_boxes: targets a micro-batch has on average over the global batch, at least 1.

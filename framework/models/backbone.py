@@ -31,6 +31,11 @@ class BackboneConfig:
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm with fixed statistics and affine, all four of them buffers."""
 
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
@@ -131,7 +136,13 @@ class ResNet(nn.Module):
 
 
 def _stage(
-    block: type[BasicBlock] | type[Bottleneck], c_in: int, c: int, depth: int, stride: int, dilation: int, norm: NormLayer
+    block: type[BasicBlock] | type[Bottleneck],
+    c_in: int,
+    c: int,
+    depth: int,
+    stride: int,
+    dilation: int,
+    norm: NormLayer,
 ) -> nn.Sequential:
     """The first block keeps dilation 1, as torchvision does when it trades stride for dilation."""
     c_out = c * block.expansion

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import nn
 
 from framework.errors import UsageError
@@ -62,7 +63,11 @@ class ModelConfig:
         if not 0 <= self.dropout < 1:
             refuse("model.dropout", str(self.dropout), "expected 0 <= dropout < 1")
         if self.num_classes is not None and self.num_classes < 1:
-            refuse("model.num_classes", str(self.num_classes), "expected at least 1, or null for the shards' count")
+            refuse(
+                "model.num_classes",
+                str(self.num_classes),
+                "expected at least 1, or null for the shards' count",
+            )
         if self.width % self.num_heads or self.width % 32:
             refuse("model.width, model.num_heads", f"{self.width}, {self.num_heads}",
                    "expected a width that both 32 (group norm) and the number of heads divide")  # fmt: skip
@@ -145,7 +150,7 @@ class _Deformable:
         for channels, kernel, stride in ins:
             conv = nn.Conv2d(channels, c.width, kernel, stride, padding=kernel // 2)
             nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            conv.bias.data.zero_()  # type: ignore[union-attr]
             layers.append(nn.Sequential(conv, nn.GroupNorm(32, c.width)))
         return layers
 
@@ -156,10 +161,10 @@ class _Deformable:
         """Plain boxes: one head tied over all layers. Refined ones: a head for each layer."""
         c = self.config
         count = c.decoder_layers if c.refine_boxes else 1
-        class_heads = [_class_head(c) for _ in range(count)]
-        box_heads = [_zero_box_head(c.width) for _ in range(count)]
-        if c.queries == "learned":  # the first boxes start at 0.12 of the image; proposals have a size already
-            nn.init.constant_(box_heads[0][-1].bias.data[2:], -2.0)
+        class_heads: list[nn.Module] = [_class_head(c) for _ in range(count)]
+        # Without proposals the first boxes start at 0.12 of the image's sides.
+        sizes = [-2.0 if k == 0 and c.queries == "learned" else 0.0 for k in range(count)]
+        box_heads: list[nn.Module] = [_constant_box_head(c.width, size) for size in sizes]
         tied = c.decoder_layers // count
         return class_heads * tied, box_heads * tied
 
@@ -167,7 +172,7 @@ class _Deformable:
         c = self.config
         if c.queries == "learned":
             return LearnedPoints(c.num_queries, c.width)
-        proposals = EncoderProposals(c.num_queries, c.width, _class_head(c), _zero_box_head(c.width))
+        proposals = EncoderProposals(c.num_queries, c.width, _class_head(c), _constant_box_head(c.width))
         for linear in (proposals.token_projection, proposals.code_projection):
             nn.init.xavier_uniform_(linear.weight)
         return proposals
@@ -212,10 +217,13 @@ def _class_head(config: ModelConfig) -> nn.Linear:
     return head
 
 
-def _zero_box_head(width: int) -> BoxHead:
+def _constant_box_head(width: int, size: float = 0.0) -> BoxHead:
+    """A head that moves no box at first; `size` is its bias of width and height, before the sigmoid."""
     head = BoxHead(width)
-    nn.init.zeros_(head[-1].weight)
-    nn.init.zeros_(head[-1].bias)
+    last = head.layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    last.bias.data.copy_(torch.tensor([0.0, 0.0, size, size]))
     return head
 
 

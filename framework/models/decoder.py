@@ -13,13 +13,17 @@ from framework.models.encoder import FeedForward, run
 from framework.models.queries import QueryState
 
 
-class BoxHead(nn.Sequential):
+class BoxHead(nn.Module):
     """A perceptron of three layers: (..., D) -> (..., 4), box offsets before the sigmoid."""
 
     def __init__(self, width: int):
-        super().__init__(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
-        )  # fmt: skip
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
 
 
 class DecoderLayer(nn.Module):

@@ -25,7 +25,10 @@ WEIGHTS_FILE = "weights.safetensors"  # of our own checkpoints
 COMMON = [
     (r"backbone\.(.*)", r"backbone.0.body.\1"),
     (r"level_codes\.weight", r"transformer.level_embed"),
-    (r"encoder\.layers\.(\d+)\.attention\.(?:sample|attend)\.(.*)", r"transformer.encoder.layers.\1.self_attn.\2"),
+    (
+        r"encoder\.layers\.(\d+)\.attention\.(?:sample|attend)\.(.*)",
+        r"transformer.encoder.layers.\1.self_attn.\2",
+    ),
     (r"encoder\.layers\.(\d+)\.norm\.(.*)", r"transformer.encoder.layers.\1.norm1.\2"),
     (r"encoder\.layers\.(\d+)\.ffn\.norm\.(.*)", r"transformer.encoder.layers.\1.norm2.\2"),
     (r"(en|de)coder\.layers\.(\d+)\.ffn\.(linear\d\..*)", r"transformer.\1coder.layers.\2.\3"),
@@ -34,7 +37,10 @@ COMMON = [
 ]
 DEFORMABLE = [
     (r"projections\.(.*)", r"input_proj.\1"),
-    (r"decoder\.layers\.(\d+)\.cross_attention\.sample\.(.*)", r"transformer.decoder.layers.\1.cross_attn.\2"),
+    (
+        r"decoder\.layers\.(\d+)\.cross_attention\.sample\.(.*)",
+        r"transformer.decoder.layers.\1.cross_attn.\2",
+    ),
     (r"decoder\.layers\.(\d+)\.cross_norm\.(.*)", r"transformer.decoder.layers.\1.norm1.\2"),
     (r"decoder\.layers\.(\d+)\.self_norm\.(.*)", r"transformer.decoder.layers.\1.norm2.\2"),
     (r"queries\.embedding\.weight", r"query_embed.weight"),
@@ -46,12 +52,16 @@ DEFORMABLE = [
 ]
 DENSE = [
     (r"projections\.0\.(.*)", r"input_proj.\1"),
-    (r"decoder\.layers\.(\d+)\.cross_attention\.attend\.(.*)", r"transformer.decoder.layers.\1.multihead_attn.\2"),
+    (
+        r"decoder\.layers\.(\d+)\.cross_attention\.attend\.(.*)",
+        r"transformer.decoder.layers.\1.multihead_attn.\2",
+    ),
     (r"decoder\.layers\.(\d+)\.self_norm\.(.*)", r"transformer.decoder.layers.\1.norm1.\2"),
     (r"decoder\.layers\.(\d+)\.cross_norm\.(.*)", r"transformer.decoder.layers.\1.norm2.\2"),
     (r"decoder\.output_norm\.(.*)", r"transformer.decoder.norm.\1"),
     (r"queries\.position\.weight", r"query_embed.weight"),
     (r"decoder\.class_heads\.\d+\.(.*)", r"class_embed.\1"),
+    (r"decoder\.box_heads\.\d+\.(.*)", r"bbox_embed.\1"),
 ]
 
 
@@ -132,16 +142,13 @@ def _translate(key: str, rules: list[tuple[str, str]]) -> list[str]:
 
 def _head_names(key: str, model: Detector) -> list[str]:
     """Names of class and box heads; those of proposals count as the ones after the last layer's."""
-    last = len(model.decoder.layers)
-    match = re.fullmatch(r"(?:decoder\.(class|box)_heads\.(\d+)|queries\.(class|box)_head)\.(?:(\d+)\.)?(\w+)", key)
+    match = re.fullmatch(r"(?:decoder\.(class|box)_heads\.(\d+)|queries\.(class|box)_head)\.(.+)", key)
     assert match, key
-    layer, leaf = match[2] or last, match[5]
+    layer, leaf = match[2] or len(model.decoder.layers), match[4]
     if (match[1] or match[3]) == "class":
         name, under_decoder = f"class_embed.{layer}.{leaf}", isinstance(model.queries, EncoderProposals)
-    elif isinstance(model.decoder.layers[0].cross_attention, DenseAttention):
-        return [f"bbox_embed.layers.{int(match[4]) // 2}.{leaf}"]
     else:
-        name, under_decoder = f"bbox_embed.{layer}.layers.{int(match[4]) // 2}.{leaf}", model.decoder.refine
+        name, under_decoder = f"bbox_embed.{layer}.{leaf}", model.decoder.refine
     return [name, f"transformer.decoder.{name}"] if under_decoder else [name]
 
 
@@ -151,7 +158,8 @@ def _names_for(model: Detector, tensors: dict[str, Tensor]) -> tuple[dict[str, l
         ours = [f"backbone.{key}" for key in model.backbone.state_dict()]
         return {key: [key.removeprefix("backbone.")] for key in ours}, r"fc\..*|.*num_batches_tracked"
     if any(name.startswith("decoder.class_heads") for name in tensors):  # our own
-        return {key: [key] for key in model.state_dict()}, r"(?!)"
+        untied = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+        return {key: [key] for key in untied}, r"(?!)"
     return published_names(model), r".*num_batches_tracked"
 
 

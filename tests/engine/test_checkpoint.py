@@ -82,7 +82,10 @@ def second_half(ranks: Ranks, stage: int, run_dir: Path) -> list[float]:
 
 def save_and_resume(ranks: Ranks, run_dir: Path) -> dict[int, tuple[list[float], list[float]]]:
     return {
-        stage: (first_half(ranks, stage, run_dir / f"{stage}"), second_half(ranks, stage, run_dir / f"{stage}"))
+        stage: (
+            first_half(ranks, stage, run_dir / f"{stage}"),
+            second_half(ranks, stage, run_dir / f"{stage}"),
+        )
         for stage in (0, 1)
     }
 

@@ -75,7 +75,7 @@ def test_refinement_detaches_between_layers(images):
     model = small("refine")
     out = model(images, torch.zeros(2, 96, 128, dtype=torch.bool))
     out.boxes_KBQ4[1].sum().backward()
-    first, second = (head[-1].bias.grad for head in model.decoder.box_heads)
+    first, second = (head.layers[-1].bias.grad for head in model.decoder.box_heads)
     assert first.abs().sum() == 0 and second.abs().sum() > 0
 
 
@@ -90,8 +90,10 @@ def test_initial_values():
     for kind, size_bias in (("base", [-2.0]), ("refine", [-2.0, 0.0]), ("two_stage", [0.0, 0.0])):
         model = small(kind)
         heads = list(dict.fromkeys(model.decoder.box_heads))
-        assert [head[-1].bias[2:].tolist() for head in heads] == [[b, b] for b in size_bias], kind
-        assert all(head[-1].bias[:2].abs().sum() == 0 and head[-1].weight.abs().sum() == 0 for head in heads)
+        assert [head.layers[-1].bias[2:].tolist() for head in heads] == [[b, b] for b in size_bias], kind
+        assert all(
+            head.layers[-1].bias[:2].abs().sum() == 0 and head.layers[-1].weight.abs().sum() == 0 for head in heads
+        )
         assert model.decoder.class_heads[0].bias.tolist() == pytest.approx([-math.log(99)] * 3)
     offsets = small("base").encoder.layers[0].attention.sample.sampling_offsets
     assert offsets.weight.abs().sum() == 0
@@ -128,7 +130,10 @@ def test_sine_position_is_that_of_the_unpadded_part():
     [
         (dict(queries="proposals"), "model.queries, model.refine_boxes"),
         (dict(attention="dense"), "model.attention, model.num_feature_levels"),
-        (dict(attention="dense", num_feature_levels=1, refine_boxes=True), "model.attention, model.refine_boxes"),
+        (
+            dict(attention="dense", num_feature_levels=1, refine_boxes=True),
+            "model.attention, model.refine_boxes",
+        ),
         (dict(width=100), "model.width, model.num_heads"),
         (dict(num_queries=0), "model.num_queries: found 0"),
     ],

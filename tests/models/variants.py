@@ -5,8 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from framework.models.build import ModelConfig
 from framework.models.backbone import BackboneConfig
+from framework.models.build import ModelConfig
 from framework.models.detector import Detector
 from framework.models.weights import published_names, to_published
 
@@ -49,4 +49,6 @@ def _values(key: str, shape: list[int]) -> Tensor:
 
 def published_gradients(model: Detector) -> dict[str, Tensor | None]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {n: parameters[key].grad for key, names in published_names(model).items() for n in names if key in parameters}
+    return {
+        n: parameters[key].grad for key, names in published_names(model).items() for n in names if key in parameters
+    }

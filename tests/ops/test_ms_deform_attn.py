@@ -140,9 +140,7 @@ VALUE, LOCATIONS, WEIGHTS = torch.zeros(2, S, 3, 6), torch.zeros(2, 5, 3, L, 4, 
     ],
 )
 def test_op_names_what_does_not_fit(change, message):
-    fitting = dict(
-        value=VALUE, spatial_shapes=SIZES_HW, sampling_locations=LOCATIONS, attention_weights=WEIGHTS
-    )
+    fitting = dict(value=VALUE, spatial_shapes=SIZES_HW, sampling_locations=LOCATIONS, attention_weights=WEIGHTS)
     with pytest.raises(ValueError, match=message):
         ms_deform_attn(**fitting | change)
 

@@ -48,9 +48,7 @@ def fused_ms_deform_attn(
     return ms_deform_attn(value, sizes_hw, locations, weights)
 
 
-def _center_and_span(
-    reference: list[float], size_hw: Size, num_points: int
-) -> tuple[list[float], list[float]]:
+def _center_and_span(reference: list[float], size_hw: Size, num_points: int) -> tuple[list[float], list[float]]:
     """Where offsets start, and how far an offset of 1 leads in x and y."""
     if len(reference) == 2:
         return reference, [1 / size_hw[1], 1 / size_hw[0]]

@@ -1,0 +1,143 @@
+"""The whole way on real photographs: convert, check, train at published sizes with R50, resume, evaluate, overfit.
+
+    python -m benchmarks.real_data [--parts coco_open aquarium overfit] [--work DIR]
+
+coco_open, aquarium: 20 steps of the base recipe (800 px, two processes on the CPU, micro-batch 1) in two sessions of
+10, the second resumed from the first; group norm, since an ImageNet file cannot be downloaded here. overfit: a small
+model on the first 8 images of aquarium, to AP50 of at least 0.95. Each part replaces its own section of
+docs/results/real-data.{json,md}. The images are read through TENFOLD_DATA.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("TENFOLD_DATA", ROOT.parent / "shared" / "data"))
+RESULTS = ROOT / "docs" / "results" / "real-data"
+
+BASE = ["model.backbone.norm=group", "model.backbone.weights=null", "engine.activation_checkpointing=true",
+        "train.global_batch=2", "train.micro_batch=1", "tracking.log_every=1", "data.workers=0"]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["coco_open", "aquarium", "overfit"])
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "real-data", help="folder for shards and runs")
+    args = parser.parse_args()
+    for part in args.parts:
+        result = overfit(args.work) if part == "overfit" else twenty_steps(part, args.work)
+        merge(part, result)
+    return 0
+
+
+def twenty_steps(name: str, work: Path) -> dict[str, Any]:
+    shards, run = work / name / "shards", work / name / "run"
+    timings = {"convert": convert(DATA / name, shards), "check": python("-m", "data_tools.check", str(shards))[1]}
+    overrides = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"train.run_dir={run}", *BASE]
+    if name == "aquarium":
+        overrides += ["model.num_classes=null", "data.labels=contiguous"]
+    timings["10 steps"] = train("coco_r50_deformable.yaml", "train.max_steps=10", "eval.every=0", *overrides)
+    timings["10 more, resumed, and evaluation"] = train(
+        "coco_r50_deformable.yaml", "train.max_steps=20", "eval.every=1", *overrides
+    )
+    return {"timings_s": timings, **summary(run)}
+
+
+def overfit(work: Path) -> dict[str, Any]:
+    """The training images are the validation images: can the whole chain learn what it is shown?"""
+    source, shards, run = work / "aquarium8", work / "aquarium8" / "shards", work / "overfit"
+    annotations = first_images(DATA / "aquarium" / "annotations" / "instances_train.json", 8)
+    (source / "annotations").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        (source / "annotations" / f"instances_{split}.json").write_text(json.dumps(annotations))
+    timings = {"convert": convert(source, shards, DATA / "aquarium" / "images")}
+    timings["training and evaluations"] = train(
+        "overfit.yaml", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"train.run_dir={run}"
+    )
+    return {"timings_s": timings, **summary(run)}
+
+
+def first_images(path: Path, count: int) -> dict[str, Any]:
+    annotations = json.loads(path.read_text())
+    images = sorted(annotations["images"], key=lambda image: image["file_name"])[:count]
+    ids = {image["id"] for image in images}
+    kept = [a for a in annotations["annotations"] if a["image_id"] in ids]
+    return {"images": images, "annotations": kept, "categories": annotations["categories"]}
+
+
+def convert(source: Path, shards: Path, images: Path | None = None) -> float:
+    return python("-m", "data_tools.convert", "--images", str(images or source / "images"),
+                  "--annotations", str(source / "annotations"), "--out", str(shards))[1]  # fmt: skip
+
+
+def train(config: str, *overrides: str) -> float:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return python("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port),
+                  "framework/train.py", "--config", f"configs/{config}", *overrides)[1]  # fmt: skip
+
+
+def python(*arguments: str) -> tuple[int, float]:
+    """Run a command of this repository; its exit code is 0, or this ends; seconds."""
+    print("$ python", *arguments, flush=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = time.monotonic()
+    code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
+    if code:
+        sys.exit(f"exit code {code} of: python {' '.join(arguments)}")
+    return code, round(time.monotonic() - started, 1)
+
+
+def summary(run: Path) -> dict[str, Any]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if "loss/total" in r]
+    last = json.loads(max((run / "evaluation").glob("*.json")).read_text())
+    shown = [steps[i] for i in sorted({0, len(steps) // 4, len(steps) // 2, 3 * len(steps) // 4, len(steps) - 1})]
+    return {
+        "steps": steps[-1]["step"],
+        "loss": {str(r["step"]): round(r["loss/total"], 3) for r in shown},
+        "images_per_s": sorted(r["throughput/images_per_s"] for r in steps)[len(steps) // 2],
+        "peak_gib_per_process": max(r["memory/peak_gib"] for r in steps),
+        "AP": last["AP"],
+        "AP50": last["AP50"],
+    }
+
+
+def merge(part: str, result: dict[str, Any]) -> None:
+    path = RESULTS.with_suffix(".json")
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything[part] = result | {
+        "command": f"python -m benchmarks.real_data --parts {part}",
+        "date": datetime.date.today().isoformat(),
+        "commit": subprocess.check_output(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, text=True).strip(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(everything, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(everything))
+
+
+def markdown(everything: dict[str, Any]) -> str:
+    lines = ["# Real photographs, the whole way", "", "Written by `python -m benchmarks.real_data`.", ""]
+    for part, result in everything.items():
+        lines += [f"## {part}", "", "| what | value |", "|---|---|"]
+        for key, value in result.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{k}: {v}" for k, v in value.items())
+            lines.append(f"| {key} | {f'{value:.3g}' if isinstance(value, float) else value} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

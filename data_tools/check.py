@@ -1,0 +1,228 @@
+"""Reread a shard set, every byte of it, and list all that is wrong.
+
+manifest -> index -> each shard: size, sha256, members -> each sample: crc32, JSON, boxes, pixels
+"""
+
+import argparse
+import hashlib
+import io
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from data_tools.sample import INDEX, MANIFEST, Category, Manifest, Sample, Shard, read_index, read_manifest
+from framework.errors import FAILED, InputError, UsageError, command
+from framework.tracking.console import progress, setup_logging
+
+EXAMPLE = """example:
+  python -m data_tools.check shards/coco-val
+
+A folder with train/ and val/ in it has both checked. Exit code 1: the faults are listed, one a line."""
+
+SPLITS = ("train", "val")
+
+Members = dict[int, tuple[str, int]]  # of a tar file: where the data begins -> name, length
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    setup_logging(None, is_main=True)
+    folders = set_folders(args.shards)
+    faults = [fault for folder in folders for fault in set_faults(folder)] or class_faults(folders)
+    for fault in faults:
+        print(fault)
+    if faults:
+        print(f"{args.shards}: {len(faults)} fault(s); convert the data again, or copy the set again")
+        return FAILED
+    for folder in folders:
+        print(summary(folder, read_manifest(folder)))
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.check",
+        description="Reread a shard set: checksums, index, annotations, images.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", type=Path, help="shard set, or a folder of train/ and val/")
+    args = parser.parse_args(argv)
+    if not args.shards.is_dir():
+        raise UsageError(f"{args.shards}: not a folder; expected a shard set")
+    return args
+
+
+def set_folders(folder: Path) -> list[Path]:
+    """The folder itself when it is a set, else the splits in it."""
+    splits = [folder / split for split in SPLITS if (folder / split).is_dir()]
+    return [folder] if (folder / MANIFEST).is_file() or not splits else splits
+
+
+def set_faults(folder: Path) -> Iterator[str]:
+    """A line for each fault of a set."""
+    try:
+        manifest = read_manifest(folder)
+        index = read_index(folder, manifest)
+    except InputError as error:
+        yield str(error)
+        return
+    yield from index_faults(folder / INDEX, index, manifest)
+    names = {shard.name for shard in manifest.shards}
+    for stray in sorted(path for path in folder.glob("*.tar") if path.name not in names):
+        yield f"{stray}: not in the manifest"
+    annotation_ids: set[int] = set()
+    with progress(len(index), description=f"check {folder.name}") as bar:
+        for number, shard in enumerate(manifest.shards):
+            records = index[index["shard"] == number]
+            yield from shard_faults(folder / shard.name, shard, records, manifest.classes, annotation_ids, bar.update)
+
+
+def index_faults(path: Path, index: np.ndarray, manifest: Manifest) -> Iterator[str]:
+    if file_sha256(path) != manifest.index_sha256:
+        yield f"{path}: its sha256 is not the manifest's"
+    if len(np.unique(index["image_id"])) != len(index):
+        yield f"{path}: an image id occurs twice"
+    samples = np.bincount(index["shard"], minlength=len(manifest.shards)).tolist()
+    expected = [shard.samples for shard in manifest.shards]
+    if samples != expected:
+        yield f"{path}: samples per shard {samples}, the manifest says {expected}"
+    if index["boxes"].sum() != manifest.boxes:
+        yield f"{path}: {index['boxes'].sum()} boxes, the manifest says {manifest.boxes}"
+
+
+def shard_faults(
+    path: Path,
+    shard: Shard,
+    records: np.ndarray,
+    classes: Sequence[Category],
+    annotation_ids: set[int],
+    done: Callable[[], Any],
+) -> Iterator[str]:
+    """Faults of a shard and of the samples that the index finds in it; annotation_ids: seen so far."""
+    if not path.is_file():
+        yield f"{path}: missing"
+        return
+    if path.stat().st_size != shard.bytes:
+        yield f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}"
+    if file_sha256(path) != shard.sha256:
+        yield f"{path}: its sha256 is not the manifest's"
+    members, broken = read_members(path)
+    if broken:
+        yield f"{path}: not a whole tar file ({broken})"
+    indexed = {int(at) for name in ("image_offset", "json_offset") for at in records[name]}
+    for at in sorted(members.keys() - indexed):
+        yield f"{path}: {members[at][0]} is not in the index"
+    with path.open("rb") as file:
+        for record in records:
+            for fault in sample_faults(file, record, members, classes, annotation_ids):
+                yield f"{path}: image {record['image_id']} at offset {record['image_offset']}: {fault}"
+            done()
+
+
+def read_members(path: Path) -> tuple[Members, str]:
+    """The members up to the first that is broken, and what is wrong with that."""
+    members: Members = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                members[member.offset_data] = (member.name, member.size)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        return members, str(error)
+    return members, ""
+
+
+def sample_faults(
+    file: BinaryIO,
+    record: np.void,
+    members: Members,
+    classes: Sequence[Category],
+    annotation_ids: set[int],
+) -> Iterator[str]:
+    names = [members.get(int(record[f"{kind}_offset"]), ("none", 0)) for kind in ("image", "json")]
+    lengths = [int(record[f"{kind}_length"]) for kind in ("image", "json")]
+    keys = {name.partition(".")[0] for name, _ in names}
+    if [length for _, length in names] != lengths or len(keys) > 1 or not names[1][0].endswith(".json"):
+        yield f"the index says members of {lengths} bytes, the tar file has {names} there"
+    image, text = (member_bytes(file, record, kind) for kind in ("image", "json"))
+    if image is None:
+        yield "the image bytes do not have the crc32 of the index"
+    else:
+        yield from image_faults(image, record)
+    if text is None:
+        yield "the JSON bytes do not have the crc32 of the index"
+    else:
+        yield from json_faults(text, record, classes, annotation_ids)
+
+
+def member_bytes(file: BinaryIO, record: np.void, kind: str) -> bytes | None:
+    file.seek(int(record[f"{kind}_offset"]))
+    data = file.read(int(record[f"{kind}_length"]))
+    return data if zlib.crc32(data) == record[f"{kind}_crc32"] else None
+
+
+def image_faults(data: bytes, record: np.void) -> Iterator[str]:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except Exception as error:  # Pillow's decoders raise whatever damaged bytes make them stumble over
+        yield f"not a whole image ({error})"
+        return
+    if image.size != (record["width"], record["height"]):
+        yield f"the image is {'{}x{}'.format(*image.size)}, the index says {record['width']}x{record['height']}"
+
+
+def json_faults(text: bytes, record: np.void, classes: Sequence[Category], annotation_ids: set[int]) -> Iterator[str]:
+    try:
+        sample = Sample.from_json(text)
+    except InputError as error:
+        yield str(error)
+        return
+    found = (sample.image_id, sample.width, sample.height, len(sample.labels))
+    expected = tuple(int(record[name]) for name in ("image_id", "width", "height", "boxes"))
+    if found != expected:
+        yield f"its JSON has id, width, height, boxes {found}, the index {expected}"
+    yield from box_faults(sample, classes)
+    for twice in annotation_ids.intersection(sample.annotation_ids):
+        yield f"annotation id {twice} occurs twice"
+    annotation_ids.update(sample.annotation_ids)
+
+
+def box_faults(sample: Sample, classes: Sequence[Category]) -> Iterator[str]:
+    for n, (x1, y1, x2, y2) in enumerate(sample.boxes_xyxy_px):
+        if not (0 <= x1 < x2 <= sample.width and 0 <= y1 < y2 <= sample.height):
+            yield f"box {[x1, y1, x2, y2]} is not inside the image, or has no area"
+        label, category_id = sample.labels[n], sample.category_ids[n]
+        if not 0 <= label < len(classes) or classes[label].category_id != category_id:
+            yield f"label {label} with category id {category_id} is no class of the manifest"
+        if sample.iscrowd[n] not in (0, 1) or not 0 <= sample.areas[n] < float("inf"):
+            yield f"iscrowd {sample.iscrowd[n]}, area {sample.areas[n]}"
+
+
+def class_faults(folders: list[Path]) -> list[str]:
+    """Sets that stand side by side have to have the same classes."""
+    first, *others = folders
+    classes = read_manifest(first).classes
+    return [f"{other}: its classes differ from those of {first}" for other in others
+            if read_manifest(other).classes != classes]  # fmt: skip
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def summary(folder: Path, manifest: Manifest) -> str:
+    return (
+        f"{folder}: sound; {manifest.images} images, {manifest.boxes} boxes, {len(manifest.classes)} classes, "
+        f"{len(manifest.shards)} shard(s), fingerprint {manifest.fingerprint}"
+    )
+
+
+if __name__ == "__main__":
+    command(main)

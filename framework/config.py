@@ -1,0 +1,168 @@
+"""The configuration of a run: dataclasses own the defaults, a YAML lists departures, key=value wins.
+
+Each section's dataclass stands above the code it configures; here they meet, with the checks that cross sections.
+"""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from framework.data.loader import DataConfig
+from framework.engine.ds_config import EngineConfig
+from framework.engine.optimizer import OptimConfig
+from framework.errors import UsageError
+from framework.evaluation.coco import EvalConfig
+from framework.losses.criterion import LossConfig
+from framework.models.build import ModelConfig
+from framework.tracking.console import TrackingConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The course of a run. Defaults: the paper's (16 GPUs x 2 images, 50 epochs, learning rate / 10 at 40).
+
+    run_dir: null means runs/<name of the config file>. max_steps: stop early after so many optimizer steps.
+    checkpoint_every: optimizer steps; 0 means at the end of each epoch only, which always saves.
+    resume: go on from what run_dir holds; false refuses a run_dir that holds a checkpoint.
+    """
+
+    run_dir: str | None = None
+    global_batch: int = 32
+    micro_batch: int = 2
+    epochs: int = 50
+    max_steps: int | None = None
+    lr_drop_epochs: list[int] = field(default_factory=lambda: [40])
+    seed: int = 42
+    resume: bool = True
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch", "micro_batch", "epochs", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise UsageError(f"train.{key}: found {getattr(self, key)}, expected at least 1")
+        if self.checkpoint_every < 0:
+            raise UsageError(f"train.checkpoint_every: found {self.checkpoint_every}, expected steps, or 0 for epochs")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UsageError(f"train.max_steps: found {self.max_steps}, expected at least 1, or null")
+        if self.global_batch % self.micro_batch:
+            raise UsageError(
+                f"train.global_batch, train.micro_batch: found {self.global_batch} and {self.micro_batch}; "
+                "expected a global batch that whole micro-batches make up"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.backbone.norm == "frozen" and not (self.model.backbone.weights or self.model.init):
+            raise UsageError(
+                "model.backbone.norm, model.backbone.weights: found frozen without weights, which would train on "
+                "random statistics that never change; set model.backbone.weights=PATH (the README says how to get "
+                "it), model.init=PATH, or model.backbone.norm=group"
+            )
+        if self.data.labels == "category_id" and self.model.num_classes is None:
+            raise UsageError(
+                "data.labels, model.num_classes: found category_id and null; raw COCO ids need "
+                "model.num_classes above the largest one (91 for COCO)"
+            )
+
+
+def load(path: str | Path | None, overrides: list[str]) -> Config:
+    """Merge the dataclasses' defaults, the YAML at `path` and `overrides` (key=value), in this order.
+
+    Raises UsageError: an unknown key (with the nearest known one), a value of the wrong type, an impossible
+    combination, a file that is not there or not YAML.
+    """
+    merged = _writable(OmegaConf.structured(Config))
+    known = set(_leaf_names(merged))
+    for source, departures in _departures(path, overrides):
+        for name in _leaf_names(departures):
+            if name not in known:
+                raise UsageError(f"{source}: unknown key {name!r}{_nearest(name, known)}")
+        try:
+            merged.merge_with(departures)
+        except OmegaConfBaseException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"{source}: {getattr(error, 'full_key', None) or 'a key'}: {reason}") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    if config.train.run_dir is None:
+        name = Path(path).stem if path else "default"
+        config = replace(config, train=replace(config.train, run_dir=f"runs/{name}"))
+    return config
+
+
+def save(config: Config, path: str | Path) -> None:
+    """Write the whole configuration, defaults included, as YAML that `load` reads back."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Full key -> value."""
+    tree = OmegaConf.structured(config)
+    return {name: OmegaConf.select(tree, name) for name in _leaf_names(tree)}
+
+
+def _departures(path: str | Path | None, overrides: list[str]) -> Iterator[tuple[str, DictConfig]]:
+    if path is not None:
+        try:
+            content = OmegaConf.load(path)
+        except OSError as error:
+            raise UsageError(f"--config {path}: {error.strerror or error}") from error
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UsageError(f"--config {path}: not YAML: {str(error).splitlines()[0]}") from error
+        if not isinstance(content, DictConfig):
+            raise UsageError(f"--config {path}: found a list, expected keys and values")
+        yield str(path), content
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UsageError(f"{override!r}: expected key=value")
+        try:
+            yield override, OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UsageError(f"{override!r}: the value is not YAML: {str(error).splitlines()[0]}") from error
+
+
+def _leaf_names(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Full names of all leaves; a section given no value counts as one."""
+    for key in node:
+        child = node._get_node(key)
+        name = f"{prefix}{key!s}"
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from _leaf_names(child, name + ".")
+        else:
+            yield name
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = close or [leaf[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.5)]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _writable(node: DictConfig) -> DictConfig:
+    """OmegaConf makes configs of frozen dataclasses read-only; merging comes before freezing."""
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _writable(child)
+    return node

@@ -1,0 +1,334 @@
+"""From a shard set to the micro-batches of a rank.
+
+                 epoch_order, cut into steps, micro-batches and ranks: integers, made in the main process
+                      |
+    worker w of W:  plan ------> read ------> augment ------> collate ------> WebLoader ------> steps
+                    micro-       encoded      uint8 RGB       one Batch,      in the plan's     lists of
+                    batches      bytes,       and boxes       padded          order, for        Batches
+                    i % W == w   JSON                                         any W
+
+Each arrow carries one micro-batch. A sample that cannot be used becomes a masked slot with a message
+(`Batch.bad`) and goes on through the stages; nothing is dropped. To resume, the plan starts later.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+from webdataset import DataPipeline, WebLoader
+
+from data_tools.sample import Sample
+from framework.data.batch import MASKED_SIDE_PX, Batch, Example, collate, masked_example
+from framework.data.order import (
+    MASKED,
+    epoch_order,
+    rank_share,
+    step_micro_batches,
+    steps_per_epoch,
+    uniform_draws,
+)
+from framework.data.source import BadSample, IndexedSource
+from framework.data.transforms import Geometry, augment, evaluation_geometry, training_geometry
+from framework.errors import InputError, UsageError
+
+Labels = Literal["contiguous", "category_id"]
+Order = Literal["full", "block"]
+Tail = Literal["drop", "mask"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Defaults: the published augmentation.
+
+    train, val: shard folders.
+    labels: the number that a class has in the model.
+    order, tail: of an epoch, see framework/data/order.py.
+    workers: processes of each rank that read and decode; 0: the training process does it.
+    max_bad: so many unusable samples are masked and logged; one more fails the run.
+    sizes, max_size: short sides to choose from, bound on the long side.
+    crop_resize, crop_sizes: half of the images are resized to one of these short sides and cropped, each
+        side to between the least and the largest; crop_resize [] turns this off.
+    """
+
+    train: str | None = None
+    val: str | None = None
+    labels: Labels = "contiguous"
+    order: Order = "full"
+    tail: Tail = "drop"
+    workers: int = 2
+    max_bad: int = 0
+    sizes: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))
+    max_size: int = 1333
+    crop_resize: list[int] = field(default_factory=lambda: [400, 500, 600])
+    crop_sizes: list[int] = field(default_factory=lambda: [384, 600])
+
+    def __post_init__(self) -> None:
+        def refuse(keys: str, found: object, expected: str) -> None:
+            raise UsageError(f"{keys}: found {found}; expected {expected}")
+
+        for key, choices in (("labels", Labels), ("order", Order), ("tail", Tail)):
+            if getattr(self, key) not in get_args(choices):
+                refuse(f"data.{key}", getattr(self, key), " or ".join(get_args(choices)))
+        for key in ("workers", "max_bad"):
+            if getattr(self, key) < 0:
+                refuse(f"data.{key}", getattr(self, key), "0 or more")
+        if not self.sizes or min(self.sizes) < 1:
+            refuse("data.sizes", self.sizes, "one or more short sides of at least 1 px")
+        if self.max_size < max(self.sizes):
+            refuse("data.max_size, data.sizes", f"{self.max_size}, {self.sizes}",
+                   "a bound on the long side that is not below a short side")  # fmt: skip
+        if self.crop_resize and min(self.crop_resize) < 1:
+            refuse("data.crop_resize", self.crop_resize, "short sides of at least 1 px, or [] for no crop")
+        if len(self.crop_sizes) != 2 or not 1 <= self.crop_sizes[0] <= self.crop_sizes[1]:
+            refuse("data.crop_sizes", self.crop_sizes, "the least and the largest side of a crop")
+
+
+class TrainLoader:
+    """The training micro-batches of one rank; who is in which depends on seed, epoch and global batch alone.
+
+    Args:
+        seed: of order and augmentation.
+        global_batch, micro_batch: images of an optimizer step over all ranks, images of one forward pass.
+    Raises:
+        UsageError: no data.train; a global batch that the ranks cannot share in whole micro-batches.
+        InputError: a damaged shard set; one with too few images for a step.
+    """
+
+    def __init__(
+        self, config: DataConfig, *, seed: int, global_batch: int, micro_batch: int, rank: int, world: int
+    ) -> None:
+        if not config.train:
+            raise UsageError("data.train: found null; expected a shard folder, as data_tools.convert makes it")
+        if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * world):
+            raise UsageError(
+                f"train.global_batch, train.micro_batch: found {global_batch}, {micro_batch} on {world} "
+                f"ranks; expected a multiple of micro-batch x ranks, which is {micro_batch * world}"
+            )
+        self.config, self.seed, self.rank, self.world = config, seed, rank, world
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.accumulation = global_batch // (micro_batch * world)
+        self.source = _open(config.train)
+        self.manifest = self.source.manifest
+        self.steps_per_epoch = steps_per_epoch(len(self.source), global_batch, config.tail)
+        if self.steps_per_epoch == 0:
+            raise InputError(
+                f"{config.train}: holds {len(self.source)} images, too few for a step of train.global_batch="
+                f"{global_batch}; lower that, or fill the step up with data.tail=mask"
+            )
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """The steps of the epoch from first_step on: of each, the micro-batches to accumulate over."""
+        order = epoch_order(len(self.source), self.seed, epoch, self.config.order, self.source.index["shard"])
+        steps = range(first_step, self.steps_per_epoch)
+        sizes = self.global_batch, self.micro_batch
+        plan = partial(_training_plan, order, steps, *sizes, self.rank, self.world)
+        geometry_of = partial(_training_geometry_of, self.config, self.seed, epoch)
+        batches = _load(self.source, plan, geometry_of, self.config)
+        while step := list(islice(batches, self.accumulation)):
+            yield step
+
+
+class EvalLoader:
+    """The evaluation batches of one rank; over all ranks each image exactly once.
+
+    batch_size neighbours in the index are a group (the last may be smaller), whatever the number of ranks;
+    rank r iterates groups r, r + world, ... and may have none. Batches have targets too, without the crowds.
+    """
+
+    def __init__(self, folder: str | Path, config: DataConfig, *, batch_size: int, rank: int, world: int) -> None:
+        self.config, self.batch_size = config, batch_size
+        self.source = _open(folder)
+        self.manifest = self.source.manifest
+        self._groups = range(rank, -(-len(self.source) // batch_size), world)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __iter__(self) -> Iterator[Batch]:
+        plan = partial(_evaluation_plan, self._groups, self.batch_size, len(self.source))
+        return _load(self.source, plan, partial(_evaluation_geometry_of, self.config), self.config)
+
+    def ground_truth(self) -> dict[str, list[dict[str, Any]]]:
+        """All images, annotations (crowds included) and classes of the set, in COCO's format.
+
+        Annotations are numbered anew from 1: pycocotools takes an id of 0 for "not matched".
+        Raises:
+            BadSample: annotations cannot be read, so that nothing can be measured against them.
+        """
+        samples = [self.source.read_sample(i) for i in range(len(self.source))]
+        annotations = (annotation for sample in samples for annotation in coco_annotations(sample))
+        return {
+            "images": [_coco_image(sample) for sample in samples],
+            "annotations": [{"id": number, **found} for number, found in enumerate(annotations, start=1)],
+            "categories": [{"id": c.category_id, "name": c.name} for c in self.manifest.classes],
+        }
+
+
+def _coco_image(sample: Sample) -> dict[str, Any]:
+    return {
+        "id": sample.image_id,
+        "file_name": sample.file_name,
+        "height": sample.height,
+        "width": sample.width,
+    }
+
+
+def coco_annotations(sample: Sample) -> Iterator[dict[str, Any]]:
+    """The annotations of one image in COCO's format, crowds included, without ids."""
+    columns = (sample.boxes_xyxy_px, sample.category_ids, sample.areas, sample.iscrowd)
+    for (x1, y1, x2, y2), category_id, area, iscrowd in zip(*columns, strict=True):
+        yield {
+            "image_id": sample.image_id,
+            "category_id": category_id,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": area,
+            "iscrowd": iscrowd,
+        }
+
+
+def _open(folder: str | Path) -> IndexedSource:
+    source = IndexedSource(folder)
+    if not len(source):
+        raise InputError(f"{folder}: holds no images; expected at least one")
+    return source
+
+
+# Plans: micro-batches of sample indices.
+
+
+def _training_plan(
+    order: np.ndarray, steps: range, global_batch: int, micro_batch: int, rank: int, world: int
+) -> Iterator[np.ndarray]:
+    for step in steps:
+        yield from rank_share(step_micro_batches(order, step, global_batch, micro_batch), rank, world)
+
+
+def _evaluation_plan(groups: range, batch_size: int, num_samples: int) -> Iterator[np.ndarray]:
+    for group in groups:
+        yield np.arange(group * batch_size, min((group + 1) * batch_size, num_samples))
+
+
+# Geometries of a sample.
+
+
+def _training_geometry_of(config: DataConfig, seed: int, epoch: int, sample: Sample) -> Geometry:
+    return training_geometry(
+        (sample.height, sample.width),
+        uniform_draws(8, seed, epoch, sample.image_id),
+        config.sizes,
+        config.max_size,
+        config.crop_resize,
+        config.crop_sizes,
+    )
+
+
+def _evaluation_geometry_of(config: DataConfig, sample: Sample) -> Geometry:
+    return evaluation_geometry((sample.height, sample.width), max(config.sizes), config.max_size)
+
+
+# Stages.
+
+
+class Encoded(NamedTuple):
+    place: int  # in the index
+    image: bytes
+    sample: Sample
+
+
+def _load(
+    source: IndexedSource,
+    plan: Callable[[], Iterator[np.ndarray]],
+    geometry_of: Callable[[Sample], Geometry],
+    config: DataConfig,
+) -> Iterator[Batch]:
+    stages = DataPipeline(
+        partial(_plan, plan),
+        partial(_read, source),
+        partial(_augment, source, geometry_of, config.labels),
+        _collate,
+    )
+    loader = WebLoader(
+        stages,
+        batch_size=None,
+        num_workers=config.workers,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="fork" if config.workers else None,
+        generator=torch.Generator(),  # the default is the global one, which would move with each iteration
+    )
+    return iter(loader)
+
+
+def _plan(plan: Callable[[], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
+    """Every W-th micro-batch: WebLoader takes from its workers in turns, which restores the plan's order."""
+    info = get_worker_info()
+    worker, workers = (info.id, info.num_workers) if info else (0, 1)
+    return islice(plan(), worker, None, workers)
+
+
+def _read(source: IndexedSource, micro_batches: Iterable[np.ndarray]) -> Iterator[list[Encoded | Example]]:
+    for indices in micro_batches:
+        yield [_read_one(source, int(i)) for i in indices]
+
+
+def _read_one(source: IndexedSource, i: int) -> Encoded | Example:
+    if i == MASKED:
+        return masked_example(-1, (MASKED_SIDE_PX, MASKED_SIDE_PX))
+    try:
+        return Encoded(i, *source.read(i))
+    except BadSample as error:
+        return masked_example(source.image_id(i), source.size_hw(i), str(error))
+
+
+def _augment(
+    source: IndexedSource,
+    geometry_of: Callable[[Sample], Geometry],
+    labels: str,
+    micro_batches: Iterable[list[Encoded | Example]],
+) -> Iterator[list[Example]]:
+    def one(slot: Encoded | Example) -> Example:
+        if isinstance(slot, Example):
+            return slot
+        try:
+            return augment(slot.image, slot.sample, geometry_of, labels)
+        except InputError as error:
+            message = str(source.bad(slot.place, str(error)))
+            return masked_example(source.image_id(slot.place), source.size_hw(slot.place), message)
+
+    for slots in micro_batches:
+        yield [one(slot) for slot in slots]
+
+
+def _collate(micro_batches: Iterable[list[Example]]) -> Iterator[Batch]:
+    for examples in micro_batches:
+        yield collate(examples)
+
+
+# Worker processes.
+
+
+def _start_worker(worker: int) -> None:
+    """One thread; deaf to the signals that a scheduler or Ctrl-C sends to all processes.
+
+    The training process decides what happens then, and may need the batches that are on their way. It also
+    ends its workers by SIGTERM: were that ignored, a training process that fails would wait for ever.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_when_parent_says_so, daemon=True).start()
+
+
+def _leave_when_parent_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,0 +1,125 @@
+"""Samples of a shard set by number: positional reads through the index, every byte checked against its crc32.
+
+No tar reader runs, nothing is unpacked, no name from the data is opened: the manifest names the shards (plain
+file names inside the folder) and the index says where in them a sample lies.
+"""
+
+import hashlib
+import os
+import weakref
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.sample import INDEX, Manifest, Sample, read_index, read_manifest
+from framework.errors import InputError
+
+MAX_OPEN_FILES = 128  # a set may have more shards than a process may have files
+AGAIN = "copy the set again, or convert the data again"
+
+
+class BadSample(InputError):
+    """One sample cannot be used; the message names its image id, shard and offset."""
+
+
+class IndexedSource:
+    """Random access to the samples of a finished shard set.
+
+    Raises:
+        InputError: the set is unfinished, a shard is missing or truncated, manifest and index do not belong
+            together.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        self.index = read_index(folder, self.manifest)
+        _check_shards(self.folder, self.manifest)
+        _check_index(self.folder, self.manifest, self.index)
+        self._files: dict[int, int] = {}
+        weakref.finalize(self, _close, self._files)
+
+    def __len__(self) -> int:
+        return self.manifest.images
+
+    def read(self, i: int) -> tuple[bytes, Sample]:
+        """The encoded image of sample i and its annotations. Raises BadSample."""
+        return self._member(i, "image"), self.read_sample(i)
+
+    def read_sample(self, i: int) -> Sample:
+        """The annotations of sample i. Raises BadSample."""
+        try:
+            sample = Sample.from_json(self._member(i, "json"))
+        except BadSample:
+            raise
+        except InputError as error:
+            raise self.bad(i, str(error), "json") from error
+        if sample.image_id != self.image_id(i):
+            raise self.bad(i, f"the JSON is of image {sample.image_id}", "json")
+        classes = len(self.manifest.classes)
+        if not all(label in range(classes) for label in sample.labels):
+            raise self.bad(i, f"a label is not one of the set's {classes} classes", "json")
+        return sample
+
+    def image_id(self, i: int) -> int:
+        return int(self.index[i]["image_id"])
+
+    def size_hw(self, i: int) -> tuple[int, int]:
+        return int(self.index[i]["height"]), int(self.index[i]["width"])
+
+    def bad(self, i: int, reason: str, member: str = "image") -> BadSample:
+        record = self.index[i]
+        shard, offset = self.manifest.shards[record["shard"]].name, record[f"{member}_offset"]
+        return BadSample(f"image {record['image_id']} in {self.folder / shard} at offset {offset}: {reason}")
+
+    def _member(self, i: int, member: str) -> bytes:
+        record = self.index[i]
+        length, offset = int(record[f"{member}_length"]), int(record[f"{member}_offset"])
+        try:
+            data = os.pread(self._file(int(record["shard"])), length, offset)
+        except OSError as error:
+            raise self.bad(i, f"cannot be read ({error.strerror})", member) from error
+        if zlib.crc32(data) != record[f"{member}_crc32"]:
+            raise self.bad(i, f"the {member} bytes do not have the crc32 of the index", member)
+        return data
+
+    def _file(self, shard: int) -> int:
+        # Opened at the first read and never seeked: forked workers may share what is open.
+        if shard not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = os.open(self.folder / self.manifest.shards[shard].name, os.O_RDONLY)
+        return self._files[shard]
+
+
+def _close(files: dict[int, int]) -> None:
+    for descriptor in files.values():
+        os.close(descriptor)
+
+
+def _check_shards(folder: Path, manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            raise InputError(f"{path}: missing, the manifest names it; {AGAIN}")
+        if path.stat().st_size != shard.bytes:
+            raise InputError(f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; {AGAIN}")
+
+
+def _check_index(folder: Path, manifest: Manifest, index: np.ndarray) -> None:
+    path = folder / INDEX
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != manifest.index_sha256:
+            raise InputError(f"{path}: not the index that the manifest was written with; {AGAIN}")
+    shards = len(manifest.shards)  # all larger numbers are counted as this one, of which there must be none
+    samples = np.bincount(np.minimum(index["shard"], shards), minlength=shards + 1).tolist()
+    if samples != [shard.samples for shard in manifest.shards] + [0]:
+        raise InputError(f"{path}: samples per shard differ from the manifest's; {AGAIN}")
+    bytes_N = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)[index["shard"]]
+    for member in ("image", "json"):
+        length_N = index[f"{member}_length"].astype(np.uint64)
+        outside = (length_N > bytes_N) | (index[f"{member}_offset"] > bytes_N - length_N)
+        if outside.any():
+            first = index[int(outside.argmax())]
+            raise InputError(f"{path}: image {first['image_id']} lies beyond the end of its shard; {AGAIN}")

@@ -1,0 +1,92 @@
+"""From a model's predictions to the boxes it stands for: scores, labels, pixels, and COCO's result format.
+
+# B image, K decoder layer, Q query, C class, T detection
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from data_tools.sample import Category
+from framework.boxes import cxcywh_to_xyxy
+from framework.models.detector import Predictions
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What one image shows, highest score first, on the CPU.
+
+    scores_T: float32 in [0, 1]. labels_T: int64, the model's class indices.
+    boxes_xyxy_px_T4: float32 pixels of the original image; a box may stick out of it, as published.
+    """
+
+    scores_T: Tensor
+    labels_T: Tensor
+    boxes_xyxy_px_T4: Tensor
+
+
+def top_detections(
+    predictions: Predictions,
+    original_sizes_hw: Sequence[tuple[int, int]],
+    classification: Literal["focal", "softmax"],
+    limit: int = 100,
+) -> list[Detections]:
+    """The `limit` best detections of each image, read from the last decoder layer.
+
+    Focal: every (query, class) pair is a candidate; a query may appear under several classes. Softmax: each
+    query stands for its best class, no-object left out. Equal scores keep the order of the queries.
+
+    Source: post-processing of Zhu et al. 2021 (top 100 of queries x classes) and of Carion et al. 2020.
+    """
+    logits_BQC, boxes_BQ4 = predictions.logits_KBQC[-1].float(), predictions.boxes_KBQ4[-1].float()
+    if classification == "focal":
+        num_classes = logits_BQC.shape[-1]
+        scores_BT, pair_BT = _best(logits_BQC.sigmoid().flatten(1), limit)
+        query_BT, labels_BT = pair_BT // num_classes, pair_BT % num_classes
+    else:
+        scores_BQ, labels_BQ = logits_BQC.softmax(-1)[..., :-1].max(-1)
+        scores_BT, query_BT = _best(scores_BQ, limit)
+        labels_BT = labels_BQ.gather(1, query_BT)
+    scale_B14 = boxes_BQ4.new_tensor([[w, h, w, h] for h, w in original_sizes_hw])[:, None]
+    boxes_BT4 = cxcywh_to_xyxy(boxes_BQ4.gather(1, query_BT[..., None].expand(-1, -1, 4))) * scale_B14
+    return [Detections(*one) for one in zip(scores_BT.cpu(), labels_BT.cpu(), boxes_BT4.cpu(), strict=True)]
+
+
+def _best(scores_BN: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    # A stable sort and not topk, whose order of equal scores differs between devices.
+    scores_BN, index_BN = scores_BN.sort(dim=1, descending=True, stable=True)
+    return scores_BN[:, :limit], index_BN[:, :limit]
+
+
+def category_ids(classes: Sequence[Category], labels: str) -> dict[int, int]:
+    """The COCO category id of each label, for `data.labels` = contiguous or category_id."""
+    if labels == "category_id":
+        return {c.category_id: c.category_id for c in classes}
+    return {label: c.category_id for label, c in enumerate(classes)}
+
+
+def to_coco(detections: Detections, image_id: int, ids: dict[int, int]) -> list[dict[str, Any]]:
+    """COCO's result format: image_id, category_id, bbox as x, y, width, height in pixels, score.
+
+    Left out: labels without a category (COCO's 91 logits hold 80 classes; cocoapi ignores them too), and
+    numbers that are not finite, which a model that diverged puts out and JSON cannot hold.
+    """
+    rows = zip(
+        detections.scores_T.tolist(),
+        detections.labels_T.tolist(),
+        detections.boxes_xyxy_px_T4.tolist(),
+        strict=True,
+    )
+    return [
+        {"image_id": image_id, "category_id": ids[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+        for score, label, (x1, y1, x2, y2) in rows
+        if label in ids and all(map(math.isfinite, (score, x1, y1, x2, y2)))
+    ]
+
+
+def placeholder_classes(num_classes: int) -> list[Category]:
+    """Classes for a model whose names nobody recorded: 'category 17' has COCO id 17."""
+    return [Category(f"category {number}", number) for number in range(num_classes)]

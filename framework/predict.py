@@ -1,0 +1,119 @@
+"""Objects in images: boxes as COCO JSON, and a picture of each image with class names and scores."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from framework.data.batch import Example, collate
+from framework.data.transforms import decode, evaluation_geometry, warp_image
+from framework.errors import FAILED, InputError, UsageError, command
+from framework.evaluation.detections import category_ids, to_coco, top_detections
+from framework.tracking.console import progress, setup_logging, write_json
+from framework.tracking.pictures import draw_coco
+from framework.trained import Trained, add_arguments, load_trained
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+EXAMPLE = """examples:
+  python -m framework.predict --run runs/quickstart photo.jpg --out predictions
+  python -m framework.predict --weights r50_deformable_detr.pth --config configs/coco_r50_deformable.yaml \\
+      photos/ --out predictions --score 0.5
+
+DIR/detections.json is in COCO's result format plus file_name; image_id is the place among the images given,
+from 0. Beside it stands DIR/<image_id>_<name>.png for each image."""
+
+logger = logging.getLogger("tenfold")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    setup_logging(None, is_main=True)
+    paths = find_images(args.images)
+    out = Path(args.out)
+    trained = load_trained(args, [])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained.model.to(device)
+    out.mkdir(parents=True, exist_ok=True)
+    detections: list[dict[str, Any]] = []
+    faults = 0
+    with progress(len(paths), description="predict") as bar:
+        for image_id, path in enumerate(paths):
+            try:
+                image = read_image(path)
+            except InputError as error:
+                logger.error("error: %s", error)
+                faults += 1
+            else:
+                found = detect(trained, image, image_id, device, args.score, args.top)
+                draw_coco(image, found, trained.names).save(out / f"{image_id:05d}_{path.stem}.png")
+                detections += [one | {"file_name": str(path)} for one in found]
+            bar.update()
+    write_json(out / "detections.json", detections, indent=None)
+    logger.info("%d boxes in %d of %d images: %s", len(detections), len(paths) - faults, len(paths), out)
+    return FAILED if faults else 0
+
+
+def find_images(names: list[str]) -> list[Path]:
+    """The files named, and those with an image's suffix in the folders named, sorted within each folder."""
+    found: list[Path] = []
+    for path in map(Path, names):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not inside:
+            raise UsageError(f"{path}: no image in this folder; expected {', '.join(sorted(SUFFIXES))}")
+        found += inside
+    return found
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image as RGB, EXIF rotation ignored as in training. Raises InputError."""
+    try:
+        return decode(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (InputError, OSError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+@torch.no_grad()
+def detect(
+    trained: Trained, image: Image.Image, image_id: int, device: torch.device, min_score: float, limit: int
+) -> list[dict[str, Any]]:
+    """COCO results of one image with at least `min_score`, most certain first; resized as in evaluation."""
+    data, size_hw = trained.config.data, (image.height, image.width)
+    resized = warp_image(image, evaluation_geometry(size_hw, max(data.sizes), data.max_size))
+    batch = collate([Example(np.asarray(resized), image_id, size_hw)])
+    predictions = trained.model(*batch.inputs(device))
+    (found,) = top_detections(predictions, [size_hw], trained.config.model.classification, limit)
+    rows = to_coco(found, image_id, category_ids(trained.names, data.labels))
+    return [row for row in rows if row["score"] >= min_score]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m framework.predict", description=__doc__, epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    add_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for detections.json and the pictures")
+    parser.add_argument("--score", type=float, default=0.3, help="least score of a box (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=100, metavar="N", help="most boxes of an image (%(default)s)")
+    args = parser.parse_intermixed_args(argv)
+    if not 0 <= args.score <= 1:
+        raise UsageError(f"--score {args.score}: expected 0 to 1")
+    if args.top < 1:
+        raise UsageError(f"--top {args.top}: expected at least 1")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UsageError(f"--out {args.out}: a file; expected a folder")
+    return args
+
+
+if __name__ == "__main__":
+    command(main)

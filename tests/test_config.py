@@ -1,0 +1,134 @@
+import ast
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from framework import config as configuration
+from framework.config import Config
+from framework.errors import UsageError
+from tests.paths import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+TRAINABLE = "model.backbone.norm=group"
+
+
+def load(*overrides, path=None):
+    return configuration.load(path, [TRAINABLE, *overrides])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_says_how_it_is_run(path):
+    config = configuration.load(path, [])
+    assert config.train.run_dir == f"runs/{path.stem}"
+    head = path.read_text().partition("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"configs/{path.name}" in head and "Hardware:" in head and "Expected" in head
+
+
+def test_the_configs_that_are_promised_exist():
+    names = {"", "_box_refine", "_two_stage", "_single_scale", "_single_scale_dc5"}
+    promised = {f"coco_r50_deformable{n}" for n in names} | {
+        "coco_r50_detr",
+        "coco_r50_detr_dc5",
+        "quickstart",
+    }
+    assert promised <= {p.stem for p in CONFIGS}
+
+
+def test_defaults_are_the_published_recipe():
+    c = load()
+    assert (c.train.global_batch, c.train.epochs, c.train.lr_drop_epochs) == (32, 50, [40])
+    assert (c.optim.lr, c.optim.weight_decay, c.optim.clip_norm) == (2e-4, 1e-4, 0.1)
+    assert (c.model.num_queries, c.model.ffn_width, c.model.dropout) == (300, 1024, 0.1)
+    assert (c.loss.class_weight, c.loss.box_weight, c.loss.giou_weight) == (2.0, 5.0, 2.0)
+    assert (c.data.sizes, c.data.max_size) == (list(range(480, 801, 32)), 1333)
+
+
+def test_precedence(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {epochs: 7, seed: 1}\nmodel: {backbone: {norm: group, name: resnet18}}\n")
+    config = configuration.load(path, ["train.epochs=9", "data.sizes=[64,96]"])
+    assert (config.train.epochs, config.train.seed, config.train.run_dir) == (9, 1, "runs/mine")
+    assert config.model.backbone.name == "resnet18" and config.data.sizes == [64, 96]
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    config = load("train.epochs=9", "model.num_classes=4")
+    configuration.save(config, tmp_path / "config.yaml")
+    assert configuration.load(tmp_path / "config.yaml", []) == config
+
+
+def test_loaded_configs_are_frozen():
+    with pytest.raises(AttributeError):
+        load().train.epochs = 3
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.num_querys=3", "unknown key 'model.num_querys'; did you mean 'model.num_queries'?"),
+        ("epochs=3", "unknown key 'epochs'; did you mean 'train.epochs'?"),
+        ("model.attention=sparse", "model.attention"),
+        ("train.epochs=many", "train.epochs"),
+        ("model=3", "model"),
+        ("train.epochs", "expected key=value"),
+        ("data.sizes=[4,", "not YAML"),
+        ("train.global_batch=5", "train.global_batch, train.micro_batch: found 5 and 2"),
+        ("model.queries=proposals", "model.queries, model.refine_boxes"),
+        ("data.labels=category_id", "data.labels, model.num_classes"),
+        ("model.backbone.norm=frozen", "model.backbone.norm, model.backbone.weights"),
+        ("train.max_steps=0", "train.max_steps: found 0"),
+        ("optim.lr=0", "optim.lr: found 0.0, expected above 0"),
+        ("loss.box_weight=-1", "loss.box_weight: found -1.0"),
+        ("data.tail=keep", "data.tail"),
+        ("eval.every=-1", "eval.every"),
+        ("tracking.log_every=0", "tracking.log_every"),
+    ],
+)
+def test_refused(override, message):
+    with pytest.raises(UsageError) as error:
+        load(override)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_not_configs(tmp_path):
+    for content, message in (
+        ("a: [", "not YAML"),
+        ("- 1\n- 2\n", "found a list"),
+        ("modell: 3", "unknown key 'modell'"),
+    ):
+        (tmp_path / "c.yaml").write_text(content)
+        with pytest.raises(UsageError, match=message):
+            load(path=tmp_path / "c.yaml")
+    with pytest.raises(UsageError, match="No such file"):
+        load(path=tmp_path / "absent.yaml")
+
+
+def test_every_field_is_read_somewhere():
+    """An attribute of that name is read outside the dataclass's own module top and its __post_init__."""
+    read: set[str] = set()
+    for path in [*REPOSITORY.glob("framework/**/*.py")]:
+        for node in ast.walk(_without_post_init(path)):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    assert [name for name in leaf_fields(Config) if name not in read] == []
+
+
+def _without_post_init(path: Path) -> ast.Module:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            node.body = [n for n in node.body if getattr(n, "name", "") != "__post_init__"] or [ast.Pass()]
+    return tree
+
+
+def leaf_fields(cls):
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            yield from leaf_fields(hints[f.name])
+        else:
+            yield f.name

@@ -1,0 +1,124 @@
+"""framework.predict: boxes in the pixels of the file, pictures to look at, and every bad image named."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.sample import Category
+from framework import predict
+from framework.config import load
+from framework.errors import UsageError
+from framework.tracking.pictures import colour_of
+from framework.trained import Trained
+from tests.colours import FindsColours, painted
+
+
+@pytest.fixture
+def model(monkeypatch):
+    config = load(None, ["model.num_classes=2", "model.backbone.norm=group", "data.sizes=[100]"])
+    trained = Trained(FindsColours(2, 0, 1), config, [Category("disc", 3), Category("ring", 7)], Path("unused"))
+    monkeypatch.setattr(predict, "load_trained", lambda args, overrides: trained)
+
+
+@pytest.fixture(autouse=True)
+def clean_logger():
+    logger = logging.getLogger("tenfold")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate, logger.level = before
+
+
+def run(tmp_path, *arguments):
+    code = predict.main([*map(str, arguments), "--run", "unused", "--out", str(tmp_path / "out")])
+    return code, json.loads((tmp_path / "out" / "detections.json").read_text())
+
+
+def test_boxes_are_in_the_pixels_of_the_file(model, tmp_path):
+    painted((300, 200), red=(30, 20, 120, 100), blue=(200, 110, 290, 190)).save(tmp_path / "a.png")
+    painted((80, 160), red=(8, 16, 40, 80)).save(tmp_path / "b.jpg", quality=98)
+    code, found = run(tmp_path, tmp_path / "a.png", tmp_path / "b.jpg")
+    assert code == 0
+    kinds = [(one["image_id"], one["category_id"], one["file_name"][-5:]) for one in found]
+    assert kinds == [(0, 3, "a.png"), (0, 7, "a.png"), (1, 3, "b.jpg")]
+    assert found[0]["bbox"] == pytest.approx([30, 20, 90, 80], abs=3)
+    assert found[1]["bbox"] == pytest.approx([200, 110, 90, 80], abs=3)
+    assert found[2]["bbox"] == pytest.approx([8, 16, 32, 64], abs=3)
+    assert found[0]["score"] == pytest.approx(0.9526, abs=1e-3) and found[1]["score"] == pytest.approx(0.5)
+
+    picture = np.asarray(Image.open(tmp_path / "out" / "00000_a.png"))
+    rows, columns = np.nonzero((picture == colour_of(0)).all(-1))
+    assert picture.shape == (427, 640, 3)  # enlarged by 640 / 300
+    assert columns.min() == pytest.approx(64, abs=7) and rows.max() == pytest.approx(213, abs=7)
+
+
+def test_score_and_top_keep_the_best(model, tmp_path):
+    painted((100, 100), (10, 10, 40, 40), (60, 60, 90, 90)).save(tmp_path / "a.png")
+    assert [one["category_id"] for one in run(tmp_path, tmp_path / "a.png", "--score", "0.6")[1]] == [3]
+    assert [one["category_id"] for one in run(tmp_path, tmp_path / "a.png", "--score", "0", "--top", "3")[1]] == [
+        3,
+        7,
+        7,
+    ]
+    assert run(tmp_path, tmp_path / "a.png", "--score", "1")[1] == []
+
+
+def test_a_folder_gives_its_images_in_order(model, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("b.png", "a.JPG", "notes.txt"):
+        painted((50, 50), red=(5, 5, 30, 30)).save(folder / name, format="PNG")
+    painted((50, 50), red=(5, 5, 30, 30)).save(tmp_path / "b.png")
+    code, found = run(tmp_path, folder, tmp_path / "b.png", "--score", "0.9")
+    assert code == 0 and [one["file_name"] for one in found] == [
+        str(folder / "a.JPG"), str(folder / "b.png"), str(tmp_path / "b.png")
+    ]  # fmt: skip
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["00000_a.png", "00001_b.png", "00002_b.png", "detections.json"]
+
+
+def test_bad_images_are_named_and_the_others_done(model, tmp_path, capsys):
+    good = painted((120, 90), red=(10, 10, 60, 60))
+    good.save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:120])
+    (tmp_path / "text.jpg").write_text("no image at all")
+    (tmp_path / "empty.jpg").touch()
+    names = ["missing.jpg", "cut.png", "text.jpg", "empty.jpg", "good.png"]
+    code, found = run(tmp_path, *(tmp_path / name for name in names), "--score", "0.9")
+    assert code == 1
+    assert [(one["image_id"], one["category_id"]) for one in found] == [(4, 3)]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 4
+    for name, line in zip(names, lines, strict=False):
+        assert f"error: {tmp_path / name}: " in line
+    assert "no such file" in lines[0] and all("not a readable image" in line for line in lines[1:])
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "I;16", "P", "RGBA", "1"])
+def test_images_of_other_modes_are_read(model, tmp_path, mode):
+    image = Image.new("I;16", (60, 40), 30000) if mode == "I;16" else painted((60, 40), (5, 5, 30, 30)).convert(mode)
+    image.save(tmp_path / "a.tif")
+    assert run(tmp_path, tmp_path / "a.tif")[0] == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--score", "1.5"], "--score 1.5: expected 0 to 1"),
+    (["--score", "nan"], "--score nan: expected 0 to 1"),
+    (["--top", "0"], "--top 0: expected at least 1"),
+    (["empty"], "empty: no image in this folder"),
+])  # fmt: skip
+def test_misuse(model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=message):
+        predict.main([*arguments, "a.png", "--run", "unused", "--out", "out"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_must_be_a_folder(model, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(UsageError, match="out: a file; expected a folder"):
+        predict.main(["a.png", "--run", "unused", "--out", str(tmp_path / "out")])
