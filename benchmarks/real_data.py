@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,16 +36,17 @@ def main() -> int:
     args = parser.parse_args()
     for part in args.parts:
         result = overfit(args.work) if part == "overfit" else twenty_steps(part, args.work)
-        merge(part, result)
+        merge(part, result, result.pop("device"))
     return 0
 
 
 def twenty_steps(name: str, work: Path) -> dict[str, Any]:
     shards, run = work / name / "shards", work / name / "run"
-    timings = {"convert": convert(DATA / name, shards), "check": python("-m", "data_tools.check", str(shards))[1]}
+    timings = {"convert": convert(DATA / name, shards), "check": python("-m", "data_tools.check", str(shards))}
     overrides = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"train.run_dir={run}", *BASE]
     if name == "aquarium":
         overrides += ["model.num_classes=null", "data.labels=contiguous"]
+    shutil.rmtree(run, ignore_errors=True)  # or a finished run would be resumed, and its times be none
     timings["10 steps"] = train("coco_r50_deformable.yaml", "train.max_steps=10", "eval.every=0", *overrides)
     timings["10 more, resumed, and evaluation"] = train(
         "coco_r50_deformable.yaml", "train.max_steps=20", "eval.every=1", *overrides
@@ -60,6 +62,7 @@ def overfit(work: Path) -> dict[str, Any]:
     for split in ("train", "val"):
         (source / "annotations" / f"instances_{split}.json").write_text(json.dumps(annotations))
     timings = {"convert": convert(source, shards, DATA / "aquarium" / "images")}
+    shutil.rmtree(run, ignore_errors=True)
     timings["training and evaluations"] = train(
         "overfit.yaml", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"train.run_dir={run}"
     )
@@ -76,7 +79,7 @@ def first_images(path: Path, count: int) -> dict[str, Any]:
 
 def convert(source: Path, shards: Path, images: Path | None = None) -> float:
     return python("-m", "data_tools.convert", "--images", str(images or source / "images"),
-                  "--annotations", str(source / "annotations"), "--out", str(shards))[1]  # fmt: skip
+                  "--annotations", str(source / "annotations"), "--out", str(shards))  # fmt: skip
 
 
 def train(config: str, *overrides: str) -> float:
@@ -84,18 +87,18 @@ def train(config: str, *overrides: str) -> float:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return python("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port),
-                  "framework/train.py", "--config", f"configs/{config}", *overrides)[1]  # fmt: skip
+                  "framework/train.py", "--config", f"configs/{config}", *overrides)  # fmt: skip
 
 
-def python(*arguments: str) -> tuple[int, float]:
-    """Run a command of this repository; its exit code is 0, or this ends; seconds."""
+def python(*arguments: str) -> float:
+    """Run a command of this repository and return its seconds; ends here when it fails."""
     print("$ python", *arguments, flush=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     started = time.monotonic()
     code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
     if code:
         sys.exit(f"exit code {code} of: python {' '.join(arguments)}")
-    return code, round(time.monotonic() - started, 1)
+    return round(time.monotonic() - started, 1)
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -108,19 +111,20 @@ def summary(run: Path) -> dict[str, Any]:
         "loss": {str(r["step"]): round(r["loss/total"], 3) for r in shown},
         "images_per_s": sorted(r["throughput/images_per_s"] for r in steps)[len(steps) // 2],
         "peak_gib_per_process": max(r["memory/peak_gib"] for r in steps),
+        "device": json.loads((run / "environment.json").read_text())["device"],
         "AP": last["AP"],
         "AP50": last["AP50"],
     }
 
 
-def merge(part: str, result: dict[str, Any]) -> None:
+def merge(part: str, result: dict[str, Any], device: str) -> None:
     path = RESULTS.with_suffix(".json")
     everything = json.loads(path.read_text()) if path.exists() else {}
     everything[part] = result | {
         "command": f"python -m benchmarks.real_data --parts {part}",
         "date": datetime.date.today().isoformat(),
         "commit": subprocess.check_output(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, text=True).strip(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
+        "machine": f"{platform.machine()}, {device}",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(everything, indent=1) + "\n")

@@ -4,7 +4,6 @@ manifest -> index -> each shard: size, sha256, members -> each sample: crc32, JS
 """
 
 import argparse
-import hashlib
 import io
 import tarfile
 import zlib
@@ -15,16 +14,27 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from data_tools.sample import INDEX, MANIFEST, Category, Manifest, Sample, Shard, read_index, read_manifest
+from data_tools.sample import (
+    INDEX,
+    MANIFEST,
+    SPLITS,
+    Category,
+    Manifest,
+    Sample,
+    Shard,
+    is_class,
+    read_index,
+    read_manifest,
+    samples_per_shard,
+)
 from framework.errors import FAILED, InputError, UsageError, command
+from framework.files import sha256_of
 from framework.tracking.console import progress, setup_logging
 
 EXAMPLE = """example:
   python -m data_tools.check shards/coco-val
 
 A folder with train/ and val/ in it has both checked. Exit code 1: the faults are listed, one a line."""
-
-SPLITS = ("train", "val")
 
 Members = dict[int, tuple[str, int]]  # of a tar file: where the data begins -> name, length
 
@@ -84,14 +94,16 @@ def set_faults(folder: Path) -> Iterator[str]:
 
 
 def index_faults(path: Path, index: np.ndarray, manifest: Manifest) -> Iterator[str]:
-    if file_sha256(path) != manifest.index_sha256:
+    if sha256_of(path) != manifest.index_sha256:
         yield f"{path}: its sha256 is not the manifest's"
     if len(np.unique(index["image_id"])) != len(index):
         yield f"{path}: an image id occurs twice"
-    samples = np.bincount(index["shard"], minlength=len(manifest.shards)).tolist()
+    *samples, elsewhere = samples_per_shard(index, manifest)
     expected = [shard.samples for shard in manifest.shards]
     if samples != expected:
         yield f"{path}: samples per shard {samples}, the manifest says {expected}"
+    if elsewhere:
+        yield f"{path}: {elsewhere} record(s) of a shard that the manifest does not name"
     if index["boxes"].sum() != manifest.boxes:
         yield f"{path}: {index['boxes'].sum()} boxes, the manifest says {manifest.boxes}"
 
@@ -110,7 +122,7 @@ def shard_faults(
         return
     if path.stat().st_size != shard.bytes:
         yield f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}"
-    if file_sha256(path) != shard.sha256:
+    if sha256_of(path) != shard.sha256:
         yield f"{path}: its sha256 is not the manifest's"
     members, broken = read_members(path)
     if broken:
@@ -198,7 +210,7 @@ def box_faults(sample: Sample, classes: Sequence[Category]) -> Iterator[str]:
         if not (0 <= x1 < x2 <= sample.width and 0 <= y1 < y2 <= sample.height):
             yield f"box {[x1, y1, x2, y2]} is not inside the image, or has no area"
         label, category_id = sample.labels[n], sample.category_ids[n]
-        if not 0 <= label < len(classes) or classes[label].category_id != category_id:
+        if not is_class(label, category_id, classes):
             yield f"label {label} with category id {category_id} is no class of the manifest"
         if sample.iscrowd[n] not in (0, 1) or not 0 <= sample.areas[n] < float("inf"):
             yield f"iscrowd {sample.iscrowd[n]}, area {sample.areas[n]}"
@@ -210,11 +222,6 @@ def class_faults(folders: list[Path]) -> list[str]:
     classes = read_manifest(first).classes
     return [f"{other}: its classes differ from those of {first}" for other in others
             if read_manifest(other).classes != classes]  # fmt: skip
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def summary(folder: Path, manifest: Manifest) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from framework.errors import UsageError
+from framework.files import sync
 
 
 @contextlib.contextmanager
@@ -46,14 +47,6 @@ def commit(partial: Path, out: Path) -> None:
         sync(path)
     os.rename(partial, out)
     sync(out.parent)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(*paths: Path) -> None:

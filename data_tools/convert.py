@@ -19,7 +19,8 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from data_tools.coco import DataSet, read_coco
 from data_tools.commit import commit, is_free, partial_folder
-from data_tools.sample import MANIFEST, Manifest, Sample, read_manifest
+from data_tools.pixels import to_8_bit
+from data_tools.sample import MANIFEST, SPLITS, Manifest, Sample, read_manifest
 from data_tools.shards import ShardSetWriter
 from framework.errors import InputError, UsageError, command
 from framework.tracking.console import progress, setup_logging, write_json
@@ -32,7 +33,6 @@ EXAMPLE = """examples:
 With a folder of annotations its instances_train.json and instances_val.json become OUT/train and OUT/val."""
 
 MIB = 2**20
-SPLITS = ("train", "val")
 SHOWN_FAULTS, SHOWN_CLASSES = 20, 12
 SIZE_LIMITS_PX = {"small": 32, "medium": 96, "large": float("inf")}  # COCO's, of sqrt(area)
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: cameras that append a second picture to a JPEG file
@@ -212,8 +212,7 @@ def to_jpeg(image: Image.Image) -> bytes:
     """8 bit, grey or RGB, quality 95. Raises InputError: floating-point pixels, whose range nobody knows."""
     if image.mode == "F":
         raise InputError("has floating-point pixels, expected 8 or 16 bit")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    image = to_8_bit(image)
     buffer = io.BytesIO()
     image.convert("L" if image.mode in ("1", "L", "LA") else "RGB").save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()

@@ -11,6 +11,7 @@ A shard set is a folder:
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from framework.errors import InputError
 
 FORMAT = "tenfold-shards-1"
 MANIFEST, INDEX = "manifest.json", "index.npy"
+SPLITS = ("train", "val")  # folders of sets that stand side by side
 
 INDEX_DTYPE = np.dtype(
     [
@@ -94,6 +96,10 @@ class Category:
     category_id: int
 
 
+def is_class(label: int, category_id: int, classes: Sequence[Category]) -> bool:
+    return 0 <= label < len(classes) and classes[label].category_id == category_id
+
+
 @dataclass(frozen=True)
 class Shard:
     name: str
@@ -158,3 +164,9 @@ def read_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
             f"{path}: {index.shape} records of {index.dtype}, expected {manifest.images}; convert the data again"
         )
     return index
+
+
+def samples_per_shard(index: np.ndarray, manifest: Manifest) -> list[int]:
+    """Records of each of the manifest's shards; the last number counts those of any other shard."""
+    shards = len(manifest.shards)  # all larger numbers are counted as this one: a damaged one may be 2^32 - 1
+    return np.bincount(np.minimum(index["shard"], shards), minlength=shards + 1).tolist()

@@ -11,6 +11,7 @@ import numpy as np
 from webdataset import TarWriter
 
 from data_tools.sample import INDEX, INDEX_DTYPE, MANIFEST, Category, Manifest, Sample, Shard
+from framework.files import sha256_of
 from framework.tracking.console import write_json
 
 HEADER_BYTES = BLOCK_BYTES = 512  # of tar: a member is one header and its data in whole blocks
@@ -44,9 +45,7 @@ class _OpenShard:
     def close(self) -> Shard:
         self.tar.close()
         self.file.close()
-        with self.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return Shard(self.path.name, self.samples, self.path.stat().st_size, sha256)
+        return Shard(self.path.name, self.samples, self.path.stat().st_size, sha256_of(self.path))
 
 
 class ShardSetWriter:

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_tools.commit import commit, is_free, partial_folder
+from data_tools.sample import SPLITS
 from framework.errors import UsageError, command
 from framework.tracking.console import progress, setup_logging, write_json
 
@@ -37,7 +38,6 @@ MOST_OBJECTS = 20
 LEAST_VISIBLE = 0.4  # of each object
 NEAR = 0.75  # share of the places that are sought beside an earlier object
 COVERED = 0.05  # the hidden part from which an object counts as covered
-SPLITS = ("train", "val")
 
 Array = np.ndarray
 Field = Callable[[Array, Array], Array]

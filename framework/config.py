@@ -49,6 +49,8 @@ class TrainConfig:
                 raise UsageError(f"train.{key}: found {getattr(self, key)}, expected at least 1")
         if self.checkpoint_every < 0:
             raise UsageError(f"train.checkpoint_every: found {self.checkpoint_every}, expected steps, or 0 for epochs")
+        if not all(epoch > 0 for epoch in self.lr_drop_epochs):
+            raise UsageError(f"train.lr_drop_epochs: found {self.lr_drop_epochs}, expected epochs of at least 1, or []")
         if self.max_steps is not None and self.max_steps < 1:
             raise UsageError(f"train.max_steps: found {self.max_steps}, expected at least 1, or null")
         if self.global_batch % self.micro_batch:
@@ -86,8 +88,8 @@ class Config:
 def load(path: str | Path | None, overrides: list[str]) -> Config:
     """Merge the dataclasses' defaults, the YAML at `path` and `overrides` (key=value), in this order.
 
-    Raises UsageError: an unknown key (with the nearest known one), a value of the wrong type, an impossible
-    combination, a file that is not there or not YAML.
+    Raises UsageError: an unknown key (with the nearest known one), a value that is missing (???), of the wrong type
+    or a reference to nothing, an impossible combination, a file that is not there or not YAML.
     """
     merged = _writable(OmegaConf.structured(Config))
     known = set(_leaf_names(merged))
@@ -96,11 +98,15 @@ def load(path: str | Path | None, overrides: list[str]) -> Config:
             if name not in known:
                 raise UsageError(f"{source}: unknown key {name!r}{_nearest(name, known)}")
         try:
+            for name in _leaf_names(departures):  # a merge would pass over what is missing
+                OmegaConf.select(departures, name, throw_on_missing=True, throw_on_resolution_failure=False)
             merged.merge_with(departures)
         except OmegaConfBaseException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UsageError(f"{source}: {getattr(error, 'full_key', None) or 'a key'}: {reason}") from error
-    config = OmegaConf.to_object(merged)
+            raise UsageError(f"{source}: {_reason(error)}") from error
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # references to other keys are followed here
+        raise UsageError(_reason(error)) from error
     assert isinstance(config, Config)
     if config.train.run_dir is None:
         name = Path(path).stem if path else "default"
@@ -125,7 +131,7 @@ def _departures(path: str | Path | None, overrides: list[str]) -> Iterator[tuple
             content = OmegaConf.load(path)
         except OSError as error:
             raise UsageError(f"--config {path}: {error.strerror or error}") from error
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
             raise UsageError(f"--config {path}: not YAML: {str(error).splitlines()[0]}") from error
         if not isinstance(content, DictConfig):
             raise UsageError(f"--config {path}: found a list, expected keys and values")
@@ -138,6 +144,10 @@ def _departures(path: str | Path | None, overrides: list[str]) -> Iterator[tuple
             yield override, OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UsageError(f"{override!r}: the value is not YAML: {str(error).splitlines()[0]}") from error
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    return f"{getattr(error, 'full_key', None) or 'a key'}: {str(error).strip().splitlines()[0]}"
 
 
 def _leaf_names(node: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -1,11 +1,14 @@
 """Errors that a user can cause, and how a command turns them into one line and an exit code."""
 
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 FAILED, MISUSED = 1, 2
+MAIN_RANK_FIRST_S = 3.0
 
 
 class UsageError(ValueError):
@@ -17,19 +20,30 @@ class InputError(ValueError):
 
 
 def command(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit with its code; errors a user can cause become one line on stderr, never a traceback."""
+    """Run `main` and exit with its code; errors a user can cause become one line on stderr, never a traceback.
+
+    An error that all processes of a run meet is told once: the others wait, and the launcher ends them when the
+    first one has left. What only one of them met, it tells a little later.
+    """
     try:
         code = main() or 0
     except UsageError as error:
         code = _report(error, MISUSED)
     except (InputError, OSError) as error:
         code = _report(error, FAILED)
+    except RuntimeError as error:
+        if "onnection closed by peer" not in str(error):  # gloo's words when another process has left
+            raise
+        code = _report("another process of this run has ended; its own message says why", FAILED)
+        time.sleep(2 * MAIN_RANK_FIRST_S)
     except KeyboardInterrupt:
         code = _report("interrupted", 130)
     sys.exit(code)
 
 
 def _report(error: object, code: int) -> int:
-    logging.getLogger("tenfold").debug("the error in full", exc_info=True)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(MAIN_RANK_FIRST_S)
+    logging.getLogger("tenfold").debug("error: %s", error, exc_info=True)  # the traceback, in log.txt
     print(f"error: {error}", file=sys.stderr, flush=True)
     return code

@@ -5,6 +5,7 @@ from typing import Any
 
 from data_tools.sample import read_manifest
 from framework.data.loader import EvalLoader
+from framework.engine.ds_config import autocast
 from framework.engine.ranks import init_ranks
 from framework.errors import UsageError, command
 from framework.evaluation.coco import coco_metrics, evaluate, report, table
@@ -51,7 +52,10 @@ def of_model(args: argparse.Namespace) -> tuple[dict[str, float], int | None, di
     logger.info("weights of %s on %s, %d process(es)", trained.weights, ranks.device, ranks.world)
     loader = EvalLoader(data, config.data, batch_size=config.eval.batch, rank=ranks.rank, world=ranks.world)
     model = trained.model.to(ranks.device)
-    with progress(-(-loader.manifest.images // ranks.world), description="evaluate") as bar:
+    with (
+        progress(-(-loader.manifest.images // ranks.world), description="evaluate") as bar,
+        autocast(config.engine, ranks.device),
+    ):
         metrics, detections = evaluate(
             model, loader, ranks=ranks, config=config.eval, labels=config.data.labels,
             classification=config.model.classification, progress=bar,

@@ -11,6 +11,7 @@ from PIL import Image
 
 from framework.data.batch import Example, collate
 from framework.data.transforms import decode, evaluation_geometry, warp_image
+from framework.engine.ds_config import autocast
 from framework.errors import FAILED, InputError, UsageError, command
 from framework.evaluation.detections import category_ids, to_coco, top_detections
 from framework.tracking.console import progress, setup_logging, write_json
@@ -89,7 +90,8 @@ def detect(
     data, size_hw = trained.config.data, (image.height, image.width)
     resized = warp_image(image, evaluation_geometry(size_hw, max(data.sizes), data.max_size))
     batch = collate([Example(np.asarray(resized), image_id, size_hw)])
-    predictions = trained.model(*batch.inputs(device))
+    with autocast(trained.config.engine, device):
+        predictions = trained.model(*batch.inputs(device))
     (found,) = top_detections(predictions, [size_hw], trained.config.model.classification, limit)
     rows = to_coco(found, image_id, category_ids(trained.names, data.labels))
     return [row for row in rows if row["score"] >= min_score]

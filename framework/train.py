@@ -8,12 +8,12 @@ import argparse
 import logging
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from framework import config as configuration
 from framework.config import Config
@@ -21,7 +21,7 @@ from framework.data.loader import EvalLoader, TrainLoader, coco_annotations
 from framework.data.order import DataState
 from framework.data.transforms import decode
 from framework.engine import checkpoint
-from framework.engine.ds_config import deepspeed_config, start_engine
+from framework.engine.ds_config import autocast, deepspeed_config, start_engine
 from framework.engine.optimizer import build_optimizer, learning_rates, set_learning_rates
 from framework.engine.ranks import Ranks, init_ranks
 from framework.engine.step import train_step
@@ -34,7 +34,7 @@ from framework.models.weights import load_published
 from framework.tracking.console import progress, setup_logging
 from framework.tracking.meter import Meter
 from framework.tracking.pictures import draw_coco, side_by_side
-from framework.tracking.run_folder import open_run
+from framework.tracking.run_folder import record_run, refuse_other_run
 from framework.tracking.sink import Sink, open_sink
 
 log = logging.getLogger("tenfold")
@@ -55,77 +55,84 @@ def main(argv: list[str] | None = None) -> int:
 
     train_set, val_set = open_data(config, ranks)
     config = with_num_classes(config, train_set)
-    accumulation = config.train.global_batch // (config.train.micro_batch * ranks.world)
-    open_run(config, ranks, {"fingerprint": train_set.manifest.fingerprint})
-    setup_logging(run_dir, ranks.is_main)
+    refuse_too_many_boxes(config, train_set)
+    at = DataState(train_set.manifest.fingerprint, config.train.seed, 0, 0, config.train.global_batch)
+    last = checkpoint.newest_on_all(run_dir, ranks)
+    refuse_other_run(config, at, last)
 
     torch.manual_seed(config.train.seed)
     detector = build_detector(config.model)
-    optimizer = build_optimizer(detector.to(ranks.device), config.optim, ranks.device)
-    criterion = Criterion(config.loss, config.model.classification)
-    last = checkpoint.newest_on_all(run_dir, ranks)
     if last is None:
         load_start_weights(detector, config)
     if config.engine.activation_checkpointing:
         detector.recompute_activations()
+    optimizer = build_optimizer(detector.to(ranks.device), config.optim, ranks.device)
     engine = start_engine(detector, optimizer, deepspeed_config(
         config.engine, device=ranks.device, global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch, accumulation=accumulation, clip_norm=config.optim.clip_norm,
+        micro_batch=config.train.micro_batch, accumulation=train_set.accumulation, clip_norm=config.optim.clip_norm,
     ))  # fmt: skip
-
-    at = DataState(train_set.manifest.fingerprint, config.train.seed, 0, 0, config.train.global_batch)
-    step, best_ap = 0, 0.0
+    criterion = Criterion(config.loss, config.model.classification)
+    meter = Meter(ranks)
     if last is not None:
-        at, step, best_ap = resume(last, engine, config, at)
+        state = checkpoint.load(last, engine)
+        at, meter = DataState(**state["data"]), Meter(ranks, state["bad_samples"])
+
     per_epoch = train_set.steps_per_epoch
     end = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
+    step = at.epoch * per_epoch + at.samples_consumed // config.train.global_batch
+    record_run(config, ranks, {"fingerprint": train_set.manifest.fingerprint})
+    setup_logging(run_dir, ranks.is_main)
+    sink = open_sink(run_dir, ranks.is_main, step)
+    log.info("resuming from %s", last) if last else log.info("a fresh run in %s", run_dir)
     log.info(
         "%d images, %d steps an epoch; global batch %d = %d ranks x %d images x %d accumulated; step %d of %d",
         train_set.manifest.images, per_epoch, config.train.global_batch, ranks.world, config.train.micro_batch,
-        accumulation, step, end,
+        train_set.accumulation, step, end,
     )  # fmt: skip
 
-    def save() -> None:
-        state = {"step": step, "data": asdict(at), "classes": [asdict(c) for c in train_set.manifest.classes],
-                 "lr": rates, "best_ap": best_ap, "world": ranks.world}  # fmt: skip
-        folder = checkpoint.save(run_dir, engine, state, ranks=ranks, keep=config.train.keep_checkpoints)
-        log.info("saved %s", folder)
+    def validation_due() -> bool:
+        return val_set is not None and (step == end or every(config.eval.every * per_epoch, step))
 
-    sink = open_sink(run_dir, ranks.is_main, step if last else None)
-    meter = Meter(ranks)
+    if last is not None and validation_due() and not Path(run_dir, evaluation_name(step)).exists():
+        validate(engine, val_set, config, ranks, sink, step, step / per_epoch)  # the last attempt ended before it
     with progress(int(end), initial=step, description="training") as bar:
         while step < end:
-            epoch, first_step = at.epoch, at.samples_consumed // config.train.global_batch
-            for micro_batches in meter.waiting(train_set.epoch(epoch, first_step)):
+            for micro_batches in meter.waiting(train_set.epoch(at.epoch, step % per_epoch)):
                 rates = learning_rates(
                     config.optim, step, global_batch=config.train.global_batch, steps_per_epoch=per_epoch,
                     drop_epochs=config.train.lr_drop_epochs,
                 )  # fmt: skip
                 set_learning_rates(engine.optimizer, rates)
                 metrics = train_step(engine, criterion, micro_batches, ranks=ranks, seed=config.train.seed, step=step)
+                meter.add(metrics, micro_batches)
                 step += 1
                 at = replace(at, samples_consumed=at.samples_consumed + config.train.global_batch)
-                meter.add(metrics, micro_batches)
                 bar.update()
-                if every(config.tracking.log_every, step) or step == end:
+                epoch_ends = step % per_epoch == 0
+                save_due = epoch_ends or step == end or every(config.train.checkpoint_every, step)
+                if save_due or every(config.tracking.log_every, step):
                     values = meter.read()
-                    refuse_broken(values, step, config)
-                    sink.scalars(
-                        values | {f"lr/{group}": lr for group, lr in rates.items()}
-                        | {"images_seen": step * config.train.global_batch}, step, step / per_epoch
-                    )  # fmt: skip
+                    refuse_broken(values, step, config)  # before it is saved
+                    values |= {f"lr/{group}": lr for group, lr in rates.items()}
+                    sink.scalars(values | seen(step, config), step, step / per_epoch)
                     bar.set_postfix(loss=values["loss/total"])
-                if step == end or step % per_epoch == 0:
+                if epoch_ends:
+                    at = replace(at, epoch=at.epoch + 1, samples_consumed=0)
+                with meter.paused():
+                    if save_due:
+                        classes = [asdict(c) for c in train_set.manifest.classes]
+                        state = {"step": step, "data": asdict(at), "lr": rates, "world": ranks.world,
+                                 "classes": classes, "bad_samples": sorted(meter.bad_samples)}  # fmt: skip
+                        saved = checkpoint.save(
+                            run_dir, engine, state, ranks=ranks, keep=config.train.keep_checkpoints
+                        )  # fmt: skip
+                        log.info("saved %s", saved)
+                    if validation_due():
+                        validate(engine, val_set, config, ranks, sink, step, step / per_epoch)
+                if epoch_ends or step == end:
                     break
-                if every(config.train.checkpoint_every, step):
-                    save()
-            if step % per_epoch == 0:
-                at = replace(at, epoch=epoch + 1, samples_consumed=0)
-            if val_set is not None and (step == end or every(config.eval.every, epoch + 1)):
-                best_ap = max(best_ap, validate(engine, val_set, config, ranks, sink, step, step / per_epoch))
-            save()
     sink.close()
-    log.info("done: step %d, best AP %.3f; see it with: tensorboard --logdir %s", step, best_ap, run_dir)
+    log.info("done: step %d in %s", step, run_dir)
     return 0
 
 
@@ -181,48 +188,57 @@ def load_start_weights(detector: Detector, config: Config) -> None:
         log.info("backbone: %s", load_published(detector, config.model.backbone.weights))
 
 
-def resume(last: Path, engine: Any, config: Config, fresh: DataState) -> tuple[DataState, int, float]:
-    """Load the newest checkpoint; where the data goes on, the step, the best AP so far."""
-    if not config.train.resume:
-        raise UsageError(f"train.resume, train.run_dir: found false, and {last}; set train.resume=true or another "
-                         "train.run_dir")  # fmt: skip
-    stored = DataState(**checkpoint.read_state(last)["data"])
-    if stored.fingerprint != fresh.fingerprint:
-        raise UsageError(f"data.train: {config.data.train} has fingerprint {fresh.fingerprint}, the run in "
-                         f"{config.train.run_dir} was trained on {stored.fingerprint}; expected the same shards, or "
-                         "another train.run_dir")  # fmt: skip
-    state = checkpoint.load(last, engine)
-    log.info("resuming from %s", last)
-    return stored, state["step"], state["best_ap"]
+def refuse_too_many_boxes(config: Config, train_set: TrainLoader) -> None:
+    """Raises UsageError when an image has more boxes than the model has queries to explain them with."""
+    boxes = train_set.source.index["boxes"]
+    worst = train_set.source.index[int(boxes.argmax())]
+    if worst["boxes"] > config.model.num_queries:
+        raise UsageError(f"model.num_queries: found {config.model.num_queries}, but image {worst['image_id']} of "
+                         f"{config.data.train} has {worst['boxes']} boxes; expected at least as many")  # fmt: skip
 
 
 def validate(
-    engine: Any, val_set: EvalLoader, config: Config, ranks: Ranks, sink: Sink, step: int, epoch: float
-) -> float:
-    """Evaluate, record the numbers and some pictures; returns AP. Collective."""
+    engine: Any, val_set: EvalLoader | None, config: Config, ranks: Ranks, sink: Sink, step: int, epoch: float
+) -> None:
+    """Evaluate, record the numbers and some pictures. Collective."""
+    assert val_set is not None
     engine.eval()
-    numbers, detections = evaluate(
-        engine, val_set, ranks=ranks, config=config.eval, labels=config.data.labels,
-        classification=config.model.classification,
-    )  # fmt: skip
+    with autocast(config.engine, ranks.device):  # as framework.evaluate does, so that the numbers are the same
+        numbers, detections = evaluate(
+            engine.module, val_set, ranks=ranks, config=config.eval, labels=config.data.labels,
+            classification=config.model.classification,
+        )  # fmt: skip
     engine.train()
-    sink.scalars({f"val/{name}": numbers[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}, step, epoch)
-    sink.document(f"evaluation/step-{step:08d}.json", report(numbers, config.eval.image_side, step=step, epoch=epoch))
-    log.info("epoch %g: %s", epoch, ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+    tags = {f"val/{name}": numbers[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
+    sink.scalars(tags | seen(step, config), step, epoch)
     for i in range(min(config.tracking.pictures, val_set.manifest.images)):
-        sink.picture(f"predictions/{i}", np.asarray(picture_of(val_set, i, detections)), step)
-    return numbers["AP"]
+        sink.picture(f"predictions/{i}", partial(picture_of, val_set, i, detections), step)
+    sink.document(evaluation_name(step), report(numbers, config.eval.image_side, step=step, epoch=epoch))
+    log.info("epoch %g: %s", epoch, ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
 
 
-def picture_of(val_set: EvalLoader, i: int, detections: list[dict[str, Any]]) -> Image.Image:
-    """Image i of the set: what was found in it beside what is there."""
-    encoded, sample = val_set.source.read(i)
-    image, classes = decode(encoded), val_set.manifest.classes
+def evaluation_name(step: int) -> str:
+    return f"evaluation/step-{step:08d}.json"
+
+
+def seen(step: int, config: Config) -> dict[str, float]:
+    return {"images_seen": float(step * config.train.global_batch)}
+
+
+def picture_of(val_set: EvalLoader, i: int, detections: list[dict[str, Any]]) -> np.ndarray | None:
+    """Image i of the set, what was found in it beside what is there: uint8 (H, W, 3); None if it is a bad sample."""
+    try:
+        encoded, sample = val_set.source.read(i)
+        image = decode(encoded)
+    except InputError:
+        return None
+    classes = val_set.manifest.classes
     found = [d for d in detections if d["image_id"] == sample.image_id and d["score"] >= SHOWN_SCORE]
     titles = (f"predictions with a score of at least {SHOWN_SCORE}", "ground truth")
-    return side_by_side(
+    both = side_by_side(
         draw_coco(image, found, classes), draw_coco(image, list(coco_annotations(sample)), classes), titles
-    )
+    )  # fmt: skip
+    return np.asarray(both)
 
 
 def every(interval: int, count: int) -> bool:

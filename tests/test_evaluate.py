@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import logging
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,14 +30,6 @@ TINY = ["model.backbone.name=resnet18", "model.backbone.norm=group", "model.widt
         "model.num_classes=3", "data.sizes=[64]", "data.workers=0"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def clean_logger():
-    logger = logging.getLogger("tenfold")
-    before = logger.handlers[:], logger.propagate, logger.level
-    yield
-    logger.handlers[:], logger.propagate, logger.level = before
-
-
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
     """Five images of different sizes with a red starfish (label 1) and mostly a blue stingray (label 2)."""
@@ -56,7 +47,7 @@ def colours(tmp_path_factory):
             areas=[float((x2 - x1) * (y2 - y1)) for _, (x1, y1, x2, y2) in boxes],
             iscrowd=[0] * len(boxes), annotation_ids=list(range(len(boxes))), segmentation=[[]] * len(boxes),
         )))  # fmt: skip
-    return write_shards(tmp_path_factory.mktemp("colours") / "set", samples, per_shard=3)
+    return write_shards(tmp_path_factory.mktemp("colours") / "set", samples)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """framework.predict: boxes in the pixels of the file, pictures to look at, and every bad image named."""
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +21,6 @@ def model(monkeypatch):
     config = load(None, ["model.num_classes=2", "model.backbone.norm=group", "data.sizes=[100]"])
     trained = Trained(FindsColours(2, 0, 1), config, [Category("disc", 3), Category("ring", 7)], Path("unused"))
     monkeypatch.setattr(predict, "load_trained", lambda args, overrides: trained)
-
-
-@pytest.fixture(autouse=True)
-def clean_logger():
-    logger = logging.getLogger("tenfold")
-    before = logger.handlers[:], logger.propagate, logger.level
-    yield
-    logger.handlers[:], logger.propagate, logger.level = before
 
 
 def run(tmp_path, *arguments):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from framework import train
+from framework import evaluate, train
 from framework.engine import checkpoint
 from framework.errors import InputError, UsageError
 from framework.evaluation.coco import METRICS
-from tests.data.shards import make_sample, write_shards
+from tests.data.shards import CLASSES, make_sample, overwrite, write_shards
 from tests.distributed import free_port
 from tests.paths import REPOSITORY
 
@@ -31,7 +31,7 @@ model:
 data: {workers: 1, sizes: [64], max_size: 100, crop_resize: [48], crop_sizes: [32, 48]}
 train: {global_batch: 8, micro_batch: 2, epochs: 2, lr_drop_epochs: [1], checkpoint_every: 2}
 engine: {precision: fp32}
-tracking: {log_every: 1, pictures: 1}
+tracking: {log_every: 1, pictures: 2}
 eval: {batch: 3}
 """
 
@@ -91,7 +91,7 @@ def test_a_run_leaves_what_it_promises(whole):
     events = EventAccumulator(str(whole / "tensorboard"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     assert {"loss/total", "val/AP", "val/APs", "epoch", "images_seen"} <= set(tags["scalars"])
-    assert [s.step for s in events.Scalars("val/AP")] == [3, 6] and tags["images"] == ["predictions/0"]
+    assert [s.step for s in events.Scalars("val/AP")] == [3, 6] and tags["images"] == ["predictions/0", "predictions/1"]
     numbers = json.loads((whole / "evaluation/step-00000006.json").read_text())
     assert set(METRICS) <= set(numbers)
     assert {p.name for p in (whole / "checkpoints").iterdir()} == {"step-00000004", "step-00000006"}
@@ -114,38 +114,87 @@ def test_one_process_takes_the_same_steps(data, whole, tmp_path):
     assert [b[s]["loss/total"] for s in b] == pytest.approx([a[s]["loss/total"] for s in a], rel=2e-5)
 
 
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
         (["optim.lr=0.1"], "another configuration: optim.lr: 0.0002 -> 0.1"),
+        (["engine.precision=bf16"], "another configuration: engine.precision: fp32 -> bf16"),
         (["train.resume=false"], "train.resume, train.run_dir: found false"),
-        (["data.train={data}/val", "train.global_batch=8", "data.tail=mask"], "data.tail: drop -> mask"),
         (["data.train={other}"], "data.train: {other} has fingerprint"),
         (["data.val=null"], "data.val, eval.every: found null"),
-        (["train.global_batch=7", "train.micro_batch=2"], "train.global_batch, train.micro_batch: found 7 and 2"),
+        (["data.val={other}"], "do not have the same classes"),
+        (["train.global_batch=7"], "train.global_batch, train.micro_batch: found 7 and 2"),
+        (["model.num_queries=2"], "model.num_queries: found 2, but image 3 of"),
+        (["model.num_classes=2"], "model.num_classes: found 2, but"),
     ],
 )
-def test_another_run_is_not_continued(data, whole, overrides, message, tmp_path):
+def test_what_is_refused_changes_nothing(data, whole, overrides, message, tmp_path):
     other = tmp_path / "other"
-    write_shards(other, [make_sample(n, boxes=1) for n in range(30)])
+    samples = [make_sample(n, boxes=1) for n in range(30)]
+    write_shards(other, samples, classes=CLASSES[:2] if "val" in overrides[0] else CLASSES)
     overrides = [o.format(data=data, other=other) for o in overrides]
+    before = content_of(whole)
     with pytest.raises(UsageError) as error:
         train.main(arguments(data, whole, *overrides))
     assert message.format(data=data, other=other) in str(error.value) and "\n" not in str(error.value)
+    assert content_of(whole) == before
 
 
-def test_one_line_and_exit_code_two(data, whole):
-    result = launch(data, whole, "optim.lr=0.1")
-    assert result.returncode != 0
-    ours = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert ours and "optim.lr: 0.0002 -> 0.1" in ours[0] and "Traceback" not in result.stderr
-
-
-def test_a_loss_that_is_no_number_ends_the_run(data, tmp_path):
+def test_a_start_that_failed_does_not_stand_in_the_way(data, tmp_path):
+    """No checkpoint, no run: a corrected configuration may use the folder."""
+    run = tmp_path / "run"
     with pytest.raises(InputError, match="not finite in decoder layer|the loss is"):
-        train.main(arguments(data, tmp_path / "run", "optim.lr=1e30", "optim.clip_norm=1e30", "eval.every=0"))
+        train.main(arguments(data, run, "optim.lr=1e30", "optim.clip_norm=1e30", "eval.every=0"))
+    assert train.main(arguments(data, run, "train.max_steps=1", "eval.every=0")) == 0
+    assert list(lines(run)) == [1]
 
 
-def test_too_many_boxes_for_the_queries(data, tmp_path):
-    with pytest.raises(InputError, match="raise model.num_queries; image ids of the batch: "):
-        train.main(arguments(data, tmp_path / "run", "model.num_queries=1", "eval.every=0"))
+def test_the_launcher_gives_one_line_and_the_exit_code(data, whole):
+    for overrides, code, message in (
+        (["optim.lr=0.1"], 2, "optim.lr: 0.0002 -> 0.1"),
+        ([f"data.train={data / 'tiny.yaml'}"], 1, "expected a finished shard set"),
+    ):
+        result = launch(data, whole, *overrides)
+        ours = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert result.returncode == code and len(ours) == 1 and message in ours[0]
+        assert "Traceback" not in result.stderr
+
+
+def test_evaluate_gives_the_number_that_training_recorded(data, whole, capfd):
+    assert evaluate.main(["--run", str(whole), "--data", str(data / "val")]) == 0
+    printed = json.loads(capfd.readouterr().out.splitlines()[-1])
+    recorded = json.loads((whole / "evaluation/step-00000006.json").read_text())
+    assert [printed[name] for name in METRICS] == [recorded[name] for name in METRICS]  # two ranks, and one
+
+
+def test_bf16_resumes_too(data, tmp_path):
+    both = ["engine.precision=bf16", "eval.every=0", "train.epochs=1"]
+    assert train.main(arguments(data, tmp_path / "whole", *both)) == 0
+    for limit in ("train.max_steps=2", "train.max_steps=null"):
+        assert train.main(arguments(data, tmp_path / "halves", limit, *both)) == 0
+    a, b = lines(tmp_path / "whole"), lines(tmp_path / "halves")
+    assert [a[s]["loss/total"] for s in (1, 2, 3)] == [b[s]["loss/total"] for s in (1, 2, 3)]
+
+
+def test_bad_samples_are_masked_counted_and_bounded(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    write_shards(tmp_path / "train", [make_sample(n, boxes=n % 4) for n in range(11)])
+    overwrite(tmp_path / "train", 3, "image", b"no JPEG", fix_crc=False)
+    both = [*arguments(tmp_path, tmp_path / "run"), "eval.every=0", "data.tail=mask", "train.checkpoint_every=1"]
+    with pytest.raises(InputError, match=r"1 samples could not be used .* data.max_bad is 0; repair the shards"):
+        train.main(both)
+    assert train.main([*both, "data.max_bad=1"]) == 0  # the one sample, met in both epochs
+    assert lines(tmp_path / "run")[4]["data/bad_samples"] == 1
+    assert "a masked slot instead of image 3 in" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_what_is_recorded_at_an_evaluation(data, tmp_path):
+    run = tmp_path / "run"
+    assert train.main(arguments(data, run, "tracking.log_every=2", "train.epochs=1")) == 0
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (evaluation,) = [r for r in records if "val/AP" in r]
+    assert (evaluation["step"], evaluation["images_seen"], evaluation["epoch"]) == (3, 24, 1.0)

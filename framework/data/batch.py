@@ -5,6 +5,7 @@ Padding mask, float and normalisation are made on the device: a quarter of the b
 # B image of the micro-batch, N box of the micro-batch (image after image), H W padded pixels
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,17 +50,16 @@ class Targets:
     counts_B: list[int]
     valid_B: Tensor
 
-    @property
-    def image_N(self) -> Tensor:
-        """int64: the place in the batch of the image that each box belongs to."""
-        counts_B = torch.tensor(self.counts_B, device=self.labels_N.device)
-        images_B = torch.arange(len(self.counts_B), device=self.labels_N.device)
-        return images_B.repeat_interleave(counts_B, output_size=sum(self.counts_B))
+    image_N: Tensor = field(init=False)  # int64: the place in the batch of each box's image
+
+    def __post_init__(self) -> None:
+        self.image_N = torch.arange(len(self.counts_B)).repeat_interleave(torch.tensor(self.counts_B))
 
     def to(self, device: torch.device | str) -> "Targets":
-        moved = (t.to(device, non_blocking=True) for t in (self.labels_N, self.boxes_cxcywh_N4, self.valid_B))
-        labels_N, boxes_cxcywh_N4, valid_B = moved
-        return Targets(labels_N, boxes_cxcywh_N4, self.counts_B, valid_B)
+        moved = copy.copy(self)
+        for name in ("labels_N", "boxes_cxcywh_N4", "valid_B", "image_N"):
+            setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
+        return moved
 
 
 @dataclass

@@ -4,7 +4,6 @@ No tar reader runs, nothing is unpacked, no name from the data is opened: the ma
 file names inside the folder) and the index says where in them a sample lies.
 """
 
-import hashlib
 import os
 import weakref
 import zlib
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.sample import INDEX, Manifest, Sample, read_index, read_manifest
+from data_tools.sample import INDEX, Manifest, Sample, is_class, read_index, read_manifest, samples_per_shard
 from framework.errors import InputError
+from framework.files import sha256_of
 
 MAX_OPEN_FILES = 128  # a set may have more shards than a process may have files
 AGAIN = "copy the set again, or convert the data again"
@@ -57,9 +57,10 @@ class IndexedSource:
             raise self.bad(i, str(error), "json") from error
         if sample.image_id != self.image_id(i):
             raise self.bad(i, f"the JSON is of image {sample.image_id}", "json")
-        classes = len(self.manifest.classes)
-        if not all(label in range(classes) for label in sample.labels):
-            raise self.bad(i, f"a label is not one of the set's {classes} classes", "json")
+        for label, category_id in zip(sample.labels, sample.category_ids, strict=True):
+            if not is_class(label, category_id, self.manifest.classes):
+                reason = f"label {label} with category id {category_id} is no class of the manifest"
+                raise self.bad(i, reason, "json")
         return sample
 
     def image_id(self, i: int) -> int:
@@ -109,12 +110,9 @@ def _check_shards(folder: Path, manifest: Manifest) -> None:
 
 def _check_index(folder: Path, manifest: Manifest, index: np.ndarray) -> None:
     path = folder / INDEX
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != manifest.index_sha256:
-            raise InputError(f"{path}: not the index that the manifest was written with; {AGAIN}")
-    shards = len(manifest.shards)  # all larger numbers are counted as this one, of which there must be none
-    samples = np.bincount(np.minimum(index["shard"], shards), minlength=shards + 1).tolist()
-    if samples != [shard.samples for shard in manifest.shards] + [0]:
+    if sha256_of(path) != manifest.index_sha256:
+        raise InputError(f"{path}: not the index that the manifest was written with; {AGAIN}")
+    if samples_per_shard(index, manifest) != [shard.samples for shard in manifest.shards] + [0]:
         raise InputError(f"{path}: samples per shard differ from the manifest's; {AGAIN}")
     bytes_N = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)[index["shard"]]
     for member in ("image", "json"):

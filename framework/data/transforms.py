@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 
+from data_tools.pixels import to_8_bit
 from data_tools.sample import Sample
+from framework.boxes import xyxy_to_cxcywh
 from framework.data.batch import Example
 from framework.errors import InputError
 
@@ -128,17 +131,11 @@ def decode(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return _to_rgb(image)
+            return to_8_bit(image).convert("RGB")
     except UnidentifiedImageError as error:  # its own words name an address in memory: not the same on all ranks
         raise InputError("not a readable image (of no known format)") from error
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes make them stumble over
         raise InputError(f"not a readable image ({type(error).__name__}: {error})") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bit grey: convert() would clip to 255 what has to be scaled
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def augment(data: bytes, sample: Sample, geometry_of: Callable[[Sample], Geometry], labels: str) -> Example:
@@ -180,6 +177,4 @@ def _annotations(sample: Sample, labels: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _fractions(boxes_xyxy_px_N4: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     """cxcywh, float32, as fractions of the image."""
-    boxes = boxes_xyxy_px_N4 * _scale(size_hw, (1, 1))
-    low, high = boxes[:, :2], boxes[:, 2:]
-    return np.concatenate([(low + high) / 2, high - low], axis=1).astype(np.float32)
+    return xyxy_to_cxcywh(torch.from_numpy(boxes_xyxy_px_N4 * _scale(size_hw, (1, 1)))).float().numpy()

@@ -11,10 +11,8 @@ Commit: everything is written to step-N.tmp and synced, the manifest last; then 
 the newest folder whose manifest verifies.
 """
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 from framework.engine.ranks import Ranks
 from framework.errors import InputError
+from framework.files import sha256_of, sync
 from framework.models.weights import WEIGHTS_FILE
 
 log = logging.getLogger("tenfold")
@@ -48,7 +47,7 @@ def save(run_dir: str | Path, engine: Any, state: dict[str, Any], *, ranks: Rank
     if tensors is not None:
         try:
             _write(folder, _full_weights(engine.module, tensors), tensors, state)
-            _drop_old(folder.parent, keep)
+            _drop_old(folder, keep)
         except (OSError, SafetensorError) as error:
             failure = f"checkpoint {folder} could not be written: {error}"
     failure = next((f for f in ranks.all_gather_objects(failure) if f), None)
@@ -95,6 +94,9 @@ def load(folder: str | Path, engine: Any) -> dict[str, Any]:
             for moment, view in share.moments.items():
                 view.copy_(optimizer_file.get_tensor(f"{moment}/{share.name}").flatten()[part])
             share.adam_state["step"] = _like(share.adam_state["step"], state["adam_step"])
+    for group in engine.optimizer.param_groups:
+        if "step" in group:  # where DeepSpeed's and apex's FusedAdam count
+            group["step"] = int(state["adam_step"])
     return state
 
 
@@ -133,12 +135,14 @@ def _shares(engine: Any) -> Iterator[_Share]:
 
 
 def _adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """Adam's state of a parameter; created where no step was taken yet."""
+    """Adam's state of a parameter, created where no step was taken yet; torch counts in a tensor, others in an int."""
     adam = optimizer.state[parameter]
     for moment in MOMENTS:
         if moment not in adam:
             adam[moment] = torch.zeros_like(parameter, dtype=torch.float32)
-    adam.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
+    if "step" not in adam:
+        own = isinstance(optimizer, torch.optim.AdamW)
+        adam["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device) if own else 0
     return adam
 
 
@@ -167,7 +171,8 @@ def _gather(engine: Any, ranks: Ranks) -> dict[str, Tensor] | None:
             tensors |= {f"{kind}/{n}": flat[starts[n] :][: s.numel()].view(s) for n, s in shapes.items()}
     if not ranks.is_main:
         return None
-    tensors["adam_step"] = torch.as_tensor(float(shares[0].adam_state["step"]))
+    counted = [group["step"] for group in engine.optimizer.param_groups if "step" in group]
+    tensors["adam_step"] = torch.as_tensor(float(max(counted, default=shares[0].adam_state["step"])))
     return tensors
 
 
@@ -194,18 +199,21 @@ def _write(folder: Path, weights: dict[str, Tensor], tensors: dict[str, Tensor],
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
     files = {}
     for name in (WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE):
-        _sync(temporary / name)
-        files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+        sync(temporary / name)
+        files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)}
     (temporary / MANIFEST_FILE).write_text(json.dumps({"step": state["step"], "files": files}, indent=1))
-    _sync(temporary / MANIFEST_FILE)
-    _sync(temporary)
+    sync(temporary / MANIFEST_FILE)
+    sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # only a broken one of the same step can be in the way
     temporary.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
-def _drop_old(parent: Path, keep: int) -> None:
-    for folder in _folders(parent)[keep:]:
+def _drop_old(saved: Path, keep: int) -> None:
+    """Keep `saved` and the newest before it; what claims to be newer did not verify, or this run would be after it."""
+    folders = _folders(saved.parent)
+    mine = folders.index(saved)
+    for folder in folders[:mine] + folders[mine + keep :]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -232,7 +240,7 @@ def _fault(folder: Path) -> str | None:
             path = folder / name
             if path.stat().st_size != files[name]["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, its manifest says {files[name]['bytes']}"
-            if _sha256(path) != files[name]["sha256"]:
+            if sha256_of(path) != files[name]["sha256"]:
                 return f"{name} does not have the sha256 of its manifest"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -250,17 +258,3 @@ def _refuse_misfits(folder: str | Path, own: dict[str, Tensor], weights: dict[st
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(f"{folder}: a checkpoint of another model: {'; '.join(faults[:3])}{more}")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """fsync of a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

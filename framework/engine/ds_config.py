@@ -51,6 +51,12 @@ def _good_at_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def autocast(config: EngineConfig, device: torch.device) -> torch.autocast:
+    """Evaluation in the precision of training, without the engine; fp32 where the device has no fp16."""
+    dtype = torch.float32 if (config.precision, device.type) == ("fp16", "cpu") else precision_for(config, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def deepspeed_config(
     config: EngineConfig, *, device: torch.device, global_batch: int, micro_batch: int, accumulation: int,
     clip_norm: float,

@@ -11,6 +11,7 @@ from framework.data.batch import Batch
 from framework.engine.ranks import Ranks
 from framework.errors import InputError
 from framework.losses.criterion import Criterion
+from framework.losses.matcher import TooManyBoxes
 
 
 def train_step(
@@ -29,7 +30,7 @@ def train_step(
         predictions = engine(*batch.inputs(ranks.device))
         try:
             losses = criterion(predictions, batch.targets.to(ranks.device), num_boxes)
-        except (FloatingPointError, ValueError) as error:
+        except (FloatingPointError, TooManyBoxes) as error:
             raise InputError(f"step {step}: {error}; image ids of the batch: {batch.image_ids}") from error
         total = criterion.total(losses)
         engine.backward(total)

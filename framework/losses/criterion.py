@@ -3,7 +3,8 @@
 # B image, K decoder layer, Q query, C class, N target boxes of the batch, concatenated
 """
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from framework.boxes import cxcywh_to_xyxy, generalized_iou
 from framework.data.batch import Targets
 from framework.errors import UsageError
-from framework.losses.matcher import MatchCosts, match
+from framework.losses.matcher import MatchCosts, Stage, match
 from framework.models.detector import Predictions
 
 
@@ -30,7 +31,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
-            if value < 0:
+            if not value >= 0:
                 raise UsageError(f"loss.{key}: found {value}, expected at least 0")
 
 
@@ -53,29 +54,33 @@ class Criterion:
 
         Raises what `match` raises.
         """
-        K = len(predictions.logits_KBQC)
-        names = [f"/layer{layer}" for layer in range(K - 1)] + [""]
-        losses = self._losses(predictions, targets, num_boxes, names)
+        stages = [Stage("decoder layer", predictions.logits_KBQC, predictions.boxes_KBQ4, targets)]
+        names = [[f"/layer{layer}" for layer in range(len(predictions.logits_KBQC) - 1)] + [""]]
         if predictions.proposals is not None:  # proposals know objects only: every target is class 0
-            anything = replace(targets, labels_N=torch.zeros_like(targets.labels_N))
-            losses |= self._losses(predictions.proposals, anything, num_boxes, ["/proposals"])
+            anything = copy.copy(targets)
+            anything.labels_N = torch.zeros_like(targets.labels_N)
+            first = predictions.proposals
+            stages.append(Stage("proposal stage", first.logits_KBQC, first.boxes_KBQ4, anything))
+            names.append(["/proposals"])
+        matches = match(stages, classification=self.classification, costs=self.costs)
+        losses: dict[str, Tensor] = {}
+        for stage, query_KN, suffixes in zip(stages, matches, names, strict=True):
+            losses |= self._losses(stage, query_KN, num_boxes, suffixes)
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name.split("/")[0]] * loss for name, loss in losses.items()]).sum()
 
     def _losses(
-        self, predictions: Predictions, targets: Targets, num_boxes: float | Tensor, names: list[str]
+        self, stage: Stage, query_KN: Tensor, num_boxes: float | Tensor, suffixes: list[str]
     ) -> dict[str, Tensor]:
-        logits_KBQC, boxes_KBQ4 = predictions.logits_KBQC, predictions.boxes_KBQ4
-        query_KN = match(logits_KBQC, boxes_KBQ4, targets, classification=self.classification, costs=self.costs)
         if self.classification == "focal":
-            class_K = self._focal(logits_KBQC, targets, query_KN) / num_boxes
+            class_K = self._focal(stage.logits_KBQC, stage.targets, query_KN) / num_boxes
         else:
-            class_K = self._cross_entropy(logits_KBQC, targets, query_KN)
-        box_K, giou_K = matched_box_losses(boxes_KBQ4, targets, query_KN)
+            class_K = self._cross_entropy(stage.logits_KBQC, stage.targets, query_KN)
+        box_K, giou_K = matched_box_losses(stage.boxes_KBQ4, stage.targets, query_KN)
         terms = {"class": class_K, "box": box_K / num_boxes, "giou": giou_K / num_boxes}
-        return {term + name: loss_K[k] for term, loss_K in terms.items() for k, name in enumerate(names)}
+        return {term + suffix: loss_K[k] for term, loss_K in terms.items() for k, suffix in enumerate(suffixes)}
 
     def _focal(self, logits_KBQC: Tensor, targets: Targets, query_KN: Tensor) -> Tensor:
         """Sum over queries and classes, (K,). Source: Lin et al. 2017, equation 5."""

@@ -3,6 +3,7 @@
 # B image, K decoder layer, Q query, C class, N target boxes of the batch, concatenated
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,60 +27,77 @@ class MatchCosts:
     focal_gamma: float = 2.0
 
 
-@torch.no_grad()
-def match(
-    logits_KBQC: Tensor,
-    boxes_KBQ4: Tensor,
-    targets: Targets,
-    *,
-    classification: Literal["focal", "softmax"],
-    costs: MatchCosts,
-) -> Tensor:
-    """Assign each target box to one query at least total cost, per layer and image.
+class TooManyBoxes(ValueError):
+    """An image has more target boxes than the model has queries."""
 
-    Args:
-        logits_KBQC: float32, before sigmoid (focal) or softmax.
-        boxes_KBQ4: cxcywh, fractions of the unpadded image.
-        targets: N boxes of the batch, concatenated; counts_B says whose.
+
+@dataclass
+class Stage:
+    """Predictions to be matched: logits (K, B, Q, C), boxes (K, B, Q, 4) in cxcywh fractions, and their targets.
+
+    name: what its K layers are called in messages.
+    """
+
+    name: str
+    logits_KBQC: Tensor
+    boxes_KBQ4: Tensor
+    targets: Targets
+
+
+@torch.no_grad()
+def match(stages: Sequence[Stage], *, classification: Literal["focal", "softmax"], costs: MatchCosts) -> list[Tensor]:
+    """Assign each target box to one query at least total cost, per stage, layer and image.
+
+    All costs come to the host in one copy.
+
     Returns:
-        query_KN: int64 on the device of the logits; in layer k, query query_KN[k, n] explains target n.
+        For each stage query_KN: int64 on the device of the logits; in layer k, query query_KN[k, n] explains target n.
     Raises:
-        ValueError: an image has more targets than there are queries.
+        TooManyBoxes: an image has more targets than there are queries.
         FloatingPointError: a cost is not finite; names the layer and the image.
     Source: Carion et al. 2020, section 3.1; focal class cost of Zhu et al. 2021.
     """
-    K, B, Q, _ = logits_KBQC.shape
-    for image, count in enumerate(targets.counts_B):
-        if count > Q:
-            raise ValueError(
-                f"image {image} of the batch has {count} boxes and the model {Q} queries: raise model.num_queries"
-            )
-    cost_KNQ = pair_costs(logits_KBQC, boxes_KBQ4, targets, classification, costs).cpu().numpy()
+    for stage in stages:
+        queries = stage.logits_KBQC.shape[2]
+        for image, count in enumerate(stage.targets.counts_B):
+            if count > queries:
+                raise TooManyBoxes(
+                    f"image {image} of the batch has {count} boxes and the model {queries} queries: raise "
+                    "model.num_queries"
+                )
+    on_device = [pair_costs(stage, classification, costs) for stage in stages]
+    on_host = torch.cat([cost.flatten() for cost in on_device]).cpu()
+    parts = on_host.split([cost.numel() for cost in on_device])
+    device = stages[0].logits_KBQC.device
+    return [
+        _assign(stage, part.view_as(cost).numpy()).to(device)
+        for stage, part, cost in zip(stages, parts, on_device, strict=True)
+    ]
+
+
+def _assign(stage: Stage, cost_KNQ: np.ndarray) -> Tensor:
     query_KN = np.empty(cost_KNQ.shape[:2], dtype=np.int64)
-    starts = np.cumsum([0, *targets.counts_B])
-    for layer in range(K):
-        for image in range(B):
-            mine = slice(starts[image], starts[image + 1])
-            cost_nQ = cost_KNQ[layer, mine]
+    starts = np.cumsum([0, *stage.targets.counts_B])
+    for layer in range(len(cost_KNQ)):
+        for image, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+            cost_nQ = cost_KNQ[layer, start:stop]
             if not np.isfinite(cost_nQ).all():
                 raise FloatingPointError(
-                    f"matching: a cost is not finite in decoder layer {layer}, image {image} of the batch"
+                    f"matching: a cost is not finite in {stage.name} {layer}, image {image} of the batch"
                 )
             rows, columns = linear_sum_assignment(cost_nQ)
-            query_KN[layer, mine][rows] = columns
-    return torch.from_numpy(query_KN).to(logits_KBQC.device)
+            query_KN[layer, start:stop][rows] = columns
+    return torch.from_numpy(query_KN)
 
 
-def pair_costs(
-    logits_KBQC: Tensor, boxes_KBQ4: Tensor, targets: Targets, classification: str, costs: MatchCosts
-) -> Tensor:
+def pair_costs(stage: Stage, classification: str, costs: MatchCosts) -> Tensor:
     """Cost of explaining target n by query q of its own image: (K, N, Q). No pair crosses images."""
-    image_N = targets.image_N
+    targets, image_N = stage.targets, stage.targets.image_N
     if classification == "focal":
-        class_KNQ = _focal_cost(logits_KBQC[:, image_N, :, targets.labels_N].permute(1, 0, 2), costs)
+        class_KNQ = _focal_cost(stage.logits_KBQC[:, image_N, :, targets.labels_N].permute(1, 0, 2), costs)
     else:
-        class_KNQ = -logits_KBQC.softmax(-1)[:, image_N, :, targets.labels_N].permute(1, 0, 2)
-    predicted_KNQ4 = boxes_KBQ4[:, image_N]
+        class_KNQ = -stage.logits_KBQC.softmax(-1)[:, image_N, :, targets.labels_N].permute(1, 0, 2)
+    predicted_KNQ4 = stage.boxes_KBQ4[:, image_N]
     wanted_N14 = targets.boxes_cxcywh_N4[:, None]
     box_KNQ = (predicted_KNQ4 - wanted_N14).abs().sum(-1)
     giou_KNQ = generalized_iou(cxcywh_to_xyxy(predicted_KNQ4), cxcywh_to_xyxy(wanted_N14))

@@ -74,6 +74,10 @@ class ModelConfig:
         if self.queries == "proposals" and not self.refine_boxes:
             refuse("model.queries, model.refine_boxes", "proposals, false", "proposals are boxes to be refined: set "
                    "model.refine_boxes=true or model.queries=learned")  # fmt: skip
+        if self.queries == "proposals" and self.classification != "focal":
+            refuse("model.classification, model.queries", f"{self.classification}, proposals",
+                   "proposals are ranked by a focal logit: set model.classification=focal or "
+                   "model.queries=learned")  # fmt: skip
         if self.attention == "dense":
             if self.num_feature_levels != 1:
                 refuse("model.attention, model.num_feature_levels", f"dense, {self.num_feature_levels}",

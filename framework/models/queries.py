@@ -83,7 +83,7 @@ class EncoderProposals(nn.Module):
         grid_BS4, usable_BS1 = self._grid(pyramid)
         tokens_BSD = self.token_norm(self.token_projection(tokens_BSD.masked_fill(~usable_BS1, 0.0)))
         logits_BSC = self.class_head(tokens_BSD)
-        offsets_BS4 = self.box_head(tokens_BSD).float()
+        offsets_BS4 = self.box_head(tokens_BSD)
         unusable = float("inf")  # the sigmoid of which is a box in the far corner, as published
         boxes_BS4 = (offsets_BS4 + grid_BS4.logit().masked_fill(~usable_BS1, unusable)).sigmoid()
 

@@ -45,17 +45,18 @@ class _Console(logging.Handler):
 def setup_logging(run_dir: str | Path | None, is_main: bool) -> logging.Logger:
     """The logger "tenfold", set up for this process; may be called again.
 
-    The main rank logs from INFO on, to stderr and to `run_dir`/log.txt where there is one. The others say
-    only what is a warning or worse, on stderr with their process id: of a bad sample, say, nobody else
-    knows.
+    The main rank logs from INFO on to stderr, and everything (tracebacks too) to `run_dir`/log.txt where there
+    is one. The others say only what is a warning or worse, on stderr with their process id.
     """
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     logger.propagate = False  # a library that configures the root logger would double every line
-    logger.setLevel(logging.INFO if is_main else logging.WARNING)
+    logger.setLevel(logging.DEBUG if is_main else logging.WARNING)
     sender = "" if is_main else f"[process {os.getpid()}] "
-    _add(_Console(), f"%(asctime)s {sender}%(message)s", "%H:%M:%S")
+    console = _Console()
+    console.setLevel(logging.INFO)
+    _add(console, f"%(asctime)s {sender}%(message)s", "%H:%M:%S")
     if is_main and run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         _add(

@@ -1,9 +1,10 @@
-"""Means of what happened since the last record: losses, learning rates, throughput, time spent waiting for data."""
+"""Means of what happened since the last record: losses, throughput, time spent waiting for data; bad samples."""
 
 import logging
 import resource
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -20,14 +21,16 @@ T = TypeVar("T")
 class Meter:
     """Sums stay on the device until `read`, so that a step never waits for its numbers."""
 
-    def __init__(self, ranks: Ranks):
+    def __init__(self, ranks: Ranks, bad_samples: Iterable[str] = ()):
+        """bad_samples: messages of those that an earlier attempt of this run met."""
         self.ranks = ranks
-        self.bad_samples = 0
+        self.bad_samples = set(bad_samples)
         self._reset()
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps, self.images, self.waited_s = 0, 0, 0.0
+        self.bad_here: set[str] = set()
         self.started = time.perf_counter()
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
@@ -43,31 +46,43 @@ class Meter:
             yield item
 
     def add(self, metrics: dict[str, Tensor], micro_batches: list[Batch]) -> None:
-        """Metrics of one step on this rank, and what it was made of; bad samples are logged here."""
+        """Metrics of one step on this rank, and what it was made of."""
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.steps += 1
-        for batch in micro_batches:
-            self.images += len(batch.image_ids)
-            self.bad_samples += len(batch.bad)
-            for message in batch.bad:
-                log.warning("masked %s", message)
+        self.images += sum(int(batch.targets.valid_B.sum()) for batch in micro_batches)
+        self.bad_here.update(message for batch in micro_batches for message in batch.bad)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside, evaluation or saving, is not time of training."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
-        """Means over the steps since the last call and over ranks; bad samples since the start. Collective."""
+        """Means over the steps since the last call and over ranks; distinct bad samples of the run. Collective."""
         names = list(self.sums)
         waited = self.waited_s / max(time.perf_counter() - self.started, 1e-9)
-        others = torch.tensor([waited, float(self.images), float(self.bad_samples)], device=self.ranks.device)
+        others = torch.tensor([waited, float(self.images), float(len(self.bad_here))], device=self.ranks.device)
         summed = self.ranks.sum(torch.cat([torch.stack([self.sums[n] for n in names]), others]))
-        *means, waited, images, bad_samples = summed.tolist()
+        *means, waited, images, newly_bad = summed.tolist()
         values = {name: mean / (self.steps * self.ranks.world) for name, mean in zip(names, means, strict=True)}
         # After the sum, which waits for the device: the time the steps really took.
         values["throughput/images_per_s"] = images / (time.perf_counter() - self.started)
         values["throughput/data_wait"] = waited / self.ranks.world
-        values["data/bad_samples"] = bad_samples
+        if newly_bad:  # the same number on every rank
+            self._share_bad_samples()
+        values["data/bad_samples"] = float(len(self.bad_samples))
         values["memory/peak_gib"] = peak_memory_gib(self.ranks.device)
         self._reset()
         return values
+
+    def _share_bad_samples(self) -> None:
+        everywhere = set().union(*self.ranks.all_gather_objects(self.bad_here))
+        for message in sorted(everywhere - self.bad_samples):
+            log.info("a masked slot instead of %s", message)
+        self.bad_samples |= everywhere
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -11,6 +11,8 @@ import torch
 
 from framework import config as configuration
 from framework.config import Config
+from framework.data.order import DataState
+from framework.engine import checkpoint
 from framework.engine.ranks import Ranks
 from framework.errors import UsageError
 from framework.tracking.console import write_json
@@ -19,29 +21,40 @@ CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 
 # What may differ when a run goes on: how it computes and reports, not what it computes.
 FREE_KEYS = ("train.run_dir", "train.resume", "train.max_steps", "train.checkpoint_every", "train.keep_checkpoints",
-             "data.workers", "data.train", "data.val", "engine.", "eval.every", "tracking.")  # fmt: skip
+             "data.workers", "data.train", "data.val", "data.max_bad", "engine.zero_stage", "engine.offload_optimizer",
+             "engine.activation_checkpointing", "eval.every", "tracking.")  # fmt: skip
 
 
-def open_run(config: Config, ranks: Ranks, facts: dict[str, Any]) -> None:
-    """Make the run folder, or check that it is this run's; collective. `facts` are added to environment.json.
+def refuse_other_run(config: Config, data_state: DataState, last: Path | None) -> None:
+    """Raises UsageError when the run folder holds a checkpoint, `last`, that this run would not have made.
 
-    Raises UsageError: the folder holds a run of another configuration; names the keys that differ.
+    It is of another configuration (names the keys), of other data, or not wanted (train.resume=false). A folder
+    without a checkpoint holds nothing that a fresh start could lose.
     """
-    folder = Path(str(config.train.run_dir))
-    stored = folder / CONFIG_FILE
-    if stored.exists():
-        differing = different_keys(configuration.load(stored, []), config)
-        if differing:
-            raise UsageError(
-                f"train.run_dir: {folder} holds a run of another configuration: {'; '.join(differing)}; "
-                "expected the same, or another train.run_dir"
-            )
-    ranks.barrier()  # everybody has read before the main rank writes
+    folder, how = Path(str(config.train.run_dir)), "expected the same, or another train.run_dir"
+    if last is None:
+        return
+    if not config.train.resume:
+        raise UsageError(f"train.resume, train.run_dir: found false, and {last}; set train.resume=true or another "
+                         "train.run_dir")  # fmt: skip
+    differing = different_keys(configuration.load(folder / CONFIG_FILE, []), config)
+    if differing:
+        raise UsageError(f"train.run_dir: {folder} holds a run of another configuration: {'; '.join(differing)}; {how}")
+    found = checkpoint.read_state(last)["data"]["fingerprint"]
+    if found != data_state.fingerprint:
+        raise UsageError(f"data.train: {config.data.train} has fingerprint {data_state.fingerprint}, the run in "
+                         f"{folder} was trained on {found}; {how}")  # fmt: skip
+
+
+def record_run(config: Config, ranks: Ranks, facts: dict[str, Any]) -> None:
+    """Write the configuration and the environment, with `facts`; collective, so that all have read before."""
+    ranks.barrier()
     if ranks.is_main:
+        folder = Path(str(config.train.run_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = stored.with_suffix(".tmp")
+        unfinished = folder / f"{CONFIG_FILE}.tmp"
         configuration.save(config, unfinished)
-        os.replace(unfinished, stored)
+        os.replace(unfinished, folder / CONFIG_FILE)
         write_json(folder / ENVIRONMENT_FILE, describe_environment(ranks) | facts)
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +17,13 @@ from framework.tracking.console import write_json
 class Sink(Protocol):
     """scalars: name -> number, written under these names; what is not finite becomes NaN (in JSON null).
 
-    picture: uint8 RGB (H, W, 3). document: JSON in the run folder, like evaluation/step-00000100.json.
+    picture: `draw` gives uint8 RGB (H, W, 3), or None for no picture, and is called only where pictures are kept.
+    document: JSON in the run folder, like evaluation/step-00000100.json.
     """
 
     def scalars(self, values: Mapping[str, float], step: int, epoch: float) -> None: ...
 
-    def picture(self, tag: str, image_HW3: np.ndarray, step: int) -> None: ...
+    def picture(self, tag: str, draw: Callable[[], np.ndarray | None], step: int) -> None: ...
 
     def document(self, name: str, content: Any) -> None: ...
 
@@ -35,7 +36,7 @@ class NullSink:
     def scalars(self, values: Mapping[str, float], step: int, epoch: float) -> None:
         pass
 
-    def picture(self, tag: str, image_HW3: np.ndarray, step: int) -> None:
+    def picture(self, tag: str, draw: Callable[[], np.ndarray | None], step: int) -> None:
         pass
 
     def document(self, name: str, content: Any) -> None:
@@ -54,7 +55,6 @@ class FileSink:
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.run_dir = run_dir
         _drop_later_lines(run_dir / "metrics.jsonl", resume_step)
         self.events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
         self.lines = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 closed by close()
@@ -68,8 +68,10 @@ class FileSink:
         self.lines.flush()
         self.events.flush()
 
-    def picture(self, tag: str, image_HW3: np.ndarray, step: int) -> None:
-        self.events.add_image(tag, image_HW3, step, dataformats="HWC")
+    def picture(self, tag: str, draw: Callable[[], np.ndarray | None], step: int) -> None:
+        image_HW3 = draw()
+        if image_HW3 is not None:
+            self.events.add_image(tag, image_HW3, step, dataformats="HWC")
 
     def document(self, name: str, content: Any) -> None:
         write_json(self.run_dir / name, content)

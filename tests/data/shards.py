@@ -41,11 +41,13 @@ def make_sample(image_id: int, boxes: int = 2, height: int = 60, width: int = 80
     return buffer.getvalue(), sample
 
 
-def write_shards(folder: Path, samples: list[tuple[bytes, Sample]], shard_bytes: int = 30_000) -> Path:
+def write_shards(
+    folder: Path, samples: list[tuple[bytes, Sample]], shard_bytes: int = 30_000, classes: list[Category] = CLASSES
+) -> Path:
     writer = ShardSetWriter(folder, shard_bytes)
     for image, sample in samples:
         writer.add(sample, image)
-    writer.finish(CLASSES, {})
+    writer.finish(classes, {})
     return folder
 
 

@@ -121,7 +121,11 @@ def test_wrong_annotations_are_named(copy, tmp_path):
 
     image, sample = make_sample(5)
     folder = write_shards(tmp_path / "labels", [(image, replace(sample, labels=[0, 3]))])
-    with pytest.raises(BadSample, match=r"image 5 in .*: a label is not one of the set's 3 classes"):
+    with pytest.raises(BadSample, match=r"image 5 in .*: label 3 with category id \d+ is no class of the manifest"):
+        IndexedSource(folder).read(0)
+
+    folder = write_shards(tmp_path / "categories", [(image, replace(sample, labels=[0, 1], category_ids=[3, 90]))])
+    with pytest.raises(BadSample, match=r"image 5 in .*: label 1 with category id 90 is no class of the manifest"):
         IndexedSource(folder).read(0)
 
     folder = write_shards(tmp_path / "ids", [(image, sample)])

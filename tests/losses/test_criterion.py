@@ -5,6 +5,7 @@ import torch
 
 from framework.data.batch import Targets
 from framework.losses.criterion import Criterion, LossConfig
+from framework.losses.matcher import MatchCosts, Stage, match
 from framework.models.detector import Predictions
 from tests.losses.test_matcher import problem
 
@@ -12,9 +13,7 @@ from tests.losses.test_matcher import problem
 def test_focal_against_loops():
     logits, boxes, targets = problem(counts=(1, 2))
     losses = Criterion(LossConfig(), "focal")(Predictions(logits, boxes), targets, num_boxes=1.5)
-    from framework.losses.matcher import MatchCosts, match
-
-    query_KN = match(logits, boxes, targets, classification="focal", costs=MatchCosts())
+    [query_KN] = match([Stage("decoder layer", logits, boxes, targets)], classification="focal", costs=MatchCosts())
     for layer, name in ((0, "class/layer0"), (1, "class")):
         expected = 0.0
         for image in range(2):

@@ -8,6 +8,7 @@ import torch
 
 from framework.data.batch import Targets
 from framework.losses.criterion import Criterion, LossConfig
+from framework.losses.matcher import Stage, match
 from framework.models.build import build_detector
 from framework.models.weights import load_published, to_published
 from tests.models.variants import VARIANTS, published_gradients, reference_state_dict
@@ -45,6 +46,7 @@ def published(request):
     return name, model, predictions, expected, targets, meta
 
 
+@pytest.mark.data
 def test_predictions(published):
     _, _, predictions, expected, _, _ = published
     assert (predictions.logits_KBQC[-1] - expected["pred_logits"]).abs().max() < 1e-4
@@ -53,6 +55,7 @@ def test_predictions(published):
     assert (predictions.boxes_KBQ4[:-1, :, ::10] - expected["aux_boxes"]).abs().max() < 1e-4
 
 
+@pytest.mark.data
 def test_losses_assignment_and_gradients(published):
     name, model, predictions, expected, targets, meta = published
     criterion = Criterion(LossConfig(class_weight=meta["loss_weights"]["loss_ce"]), VARIANTS[name].classification)
@@ -74,15 +77,12 @@ def test_losses_assignment_and_gradients(published):
         assert gradients[key].norm().item() == pytest.approx(norm, rel=1e-3), key
 
 
+@pytest.mark.data
 def test_assignment(published):
-    from framework.losses.matcher import match
-
     name, _, predictions, expected, targets, meta = published
     criterion = Criterion(LossConfig(class_weight=meta["loss_weights"]["loss_ce"]), VARIANTS[name].classification)
-    query_KN = match(
-        predictions.logits_KBQC[-1:], predictions.boxes_KBQ4[-1:], targets,
-        classification=VARIANTS[name].classification, costs=criterion.costs,
-    )  # fmt: skip
+    stage = Stage("decoder layer", predictions.logits_KBQC[-1:], predictions.boxes_KBQ4[-1:], targets)
+    [query_KN] = match([stage], classification=VARIANTS[name].classification, costs=criterion.costs)
     for image, (queries, boxes) in enumerate(expected["indices"]):
         mine = query_KN[0][targets.image_N == image]
         assert torch.equal(mine[boxes], queries)
@@ -97,6 +97,7 @@ def test_parameter_counts(name):
     assert counts == PARAMETERS[name]
 
 
+@pytest.mark.data
 @pytest.mark.parametrize("name", [name for name in VARIANTS if not name.endswith("r101")])
 def test_published_names(name):
     with torch.device("meta"):

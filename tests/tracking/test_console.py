@@ -17,16 +17,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture(autouse=True)
-def clean_logger():
-    logger = logging.getLogger("tenfold")
-    before = logger.handlers[:], logger.propagate, logger.level
-    yield
-    for handler in logger.handlers:
-        handler.close()
-    logger.handlers[:], logger.propagate, logger.level = before
-
-
 def test_main_rank_logs_to_stderr_and_file(tmp_path, capsys):
     logger = setup_logging(tmp_path / "run", is_main=True)
     logger.info("step %d", 7)
