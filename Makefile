@@ -6,6 +6,8 @@ TORCH       ?= torch==2.13.0
 TORCH_INDEX ?=
 # A folder in COCO format for `make quickstart`; empty: a synthetic set is drawn
 DATA        ?=
+# key=value ... for the training of `make quickstart`
+ARGS        ?=
 
 ifdef PYTHON
 # Somebody's own environment: used as it is, nothing is installed, not even this repository.
@@ -20,7 +22,7 @@ endif
 PIP_INSTALL := '$(PYTHON)' -m pip --disable-pip-version-check -qq install
 
 .DEFAULT_GOAL := build
-.PHONY: help env build quickstart test check format clean
+.PHONY: help env build quickstart test check format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +42,8 @@ env: $(INSTALLED)  ## the environment .venv; TORCH=torch==X.Y.Z and TORCH_INDEX=
 
 build: env  ## what has to be compiled: nothing yet, ops runs in plain torch
 
-quickstart: build  ## from nothing to a trained detector, its AP and its pictures; DATA=FOLDER: your own images
-	@PYTHON='$(PYTHON)' DATA='$(DATA)' launch/quickstart.sh
+quickstart: build  ## from nothing to a trained detector, its AP and its pictures; DATA=FOLDER: your own images, ARGS=key=value
+	@PYTHON='$(PYTHON)' DATA='$(DATA)' ARGS='$(ARGS)' launch/quickstart.sh
 
 test: build  ## the test suite; what needs a GPU, SLURM or real data skips and says so
 	@'$(PYTHON)' -m pytest
@@ -54,6 +56,9 @@ check: env  ## linter, formatting, types
 format: env  ## format the code and mend what the linter can
 	@'$(PYTHON)' -m ruff check --fix-only .
 	@'$(PYTHON)' -m ruff format .
+
+bench: build  ## the figures in docs/results/ (real data is read through TENFOLD_DATA)
+	@'$(PYTHON)' -m benchmarks.real_data
 
 clean:  ## remove the environment, what was built, caches; runs/ and data/ stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

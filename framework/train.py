@@ -185,6 +185,10 @@ def load_start_weights(detector: Detector, config: Config) -> None:
     if config.model.init:
         log.info("model.init: %s", load_published(detector, config.model.init, strict=False))
     elif config.model.backbone.weights:
+        if not Path(config.model.backbone.weights).is_file():
+            raise UsageError(f"model.backbone.weights: {config.model.backbone.weights} is not there; the README says "
+                             "how to get it (Training on COCO); from scratch: model.backbone.norm=group "
+                             "model.backbone.weights=null")  # fmt: skip
         log.info("backbone: %s", load_published(detector, config.model.backbone.weights))
 
 

@@ -1,41 +1,53 @@
 #!/usr/bin/env bash
-# From nothing to a trained, evaluated detector: data, shards, training with two processes, AP, pictures.
-# `make quickstart` calls it in the environment it made. DATA: a COCO-format folder (images/ and
-# annotations/instances_{train,val}.json); empty: a synthetic set is drawn.
+# From nothing to a trained, evaluated detector: data, shards, training, AP, pictures. `make quickstart` calls it.
+#   PYTHON  of the environment
+#   DATA    a COCO-format folder (images/, annotations/instances_{train,val}.json); empty: a synthetic set is drawn
+#   ARGS    key=value ..., for the training
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 data=${DATA:-}
-started=$SECONDS
+name=quickstart
+own=()
 
-say() { printf '\n== %s  (%d s)\n' "$*" $((SECONDS - started)); }
+say() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS"; }
+quoted() { "$python" -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1"; }
 
 if [ -n "$data" ]; then
   name="quickstart-$(basename "$data")"
-  own=(eval.image_side=null)  # COCO's own size thresholds
+  own=(eval.image_side=null model.num_queries=100)  # COCO's own size thresholds
 else
-  name=quickstart
-  own=()
-  data=data/quickstart/images-and-annotations
-  if [ ! -e "$data/annotations/instances_val.json" ]; then
-    say "drawing a synthetic data set"
-    "$python" -m data_tools.synth --out "$data" --images 2400 --val 200 --size 192
-  fi
+  data=data/quickstart/drawn
+  say "drawing a synthetic data set in $data"
+  "$python" -m data_tools.synth --out "$data" --images 1750 --val 200 --size 160
 fi
 shards="data/$name/shards"
 run="runs/$name"
 
-say "converting to shards: $shards"
+say "converting it to shards in $shards"
 "$python" -m data_tools.convert --images "$data/images" --annotations "$data/annotations" --out "$shards"
 
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-processes=$((gpus > 0 ? gpus : 2))
-say "training with $processes processes on ${gpus} GPUs: $run"
-"$python" -m deepspeed.launcher.runner --num_gpus "$processes" framework/train.py --config configs/quickstart.yaml \
-  "train.run_dir=$run" "data.train=$shards/train" "data.val=$shards/val" "${own[@]}"
+# As many processes as there are GPUs, if the batch of 16 can be shared out so; two on a CPU.
+read -r processes micro_batch where port < <("$python" - <<'PY'
+import socket, torch
+gpus = torch.cuda.device_count()
+processes = max(n for n in (1, 2, 4, 8, 16) if n <= gpus) if gpus else 2
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    print(processes, min(8, 16 // processes), "GPU" if gpus else "CPU", probe.getsockname()[1])
+PY
+)
+if [ "$where" = CPU ]; then export DS_ACCELERATOR=cpu; fi
+say "training on $processes processes ($where) in $run"
+"$python" -m deepspeed.launcher.runner --num_gpus "$processes" --master_port "$port" framework/train.py \
+  --config configs/quickstart.yaml "train.micro_batch=$micro_batch" "train.run_dir=$(quoted "$run")" \
+  "data.train=$(quoted "$shards/train")" "data.val=$(quoted "$shards/val")" "${own[@]}" ${ARGS:-} || {
+  echo "If the settings changed since an earlier quickstart, remove that one first: rm -r '$run' '$shards'" >&2
+  exit 1
+}
 
-say "evaluation"
-"$python" -m framework.evaluate --run "$run" --data "$shards/val"
+say "evaluation of the last checkpoint"
+"$python" -m framework.evaluate --run "$run" --data "$shards/val" --out "$run/evaluation/quickstart.json"
 
 say "pictures of predictions"
 mapfile -t pictures < <("$python" - "$data" <<'PY'
@@ -49,8 +61,8 @@ PY
 
 cat <<EOF
 
-Done in $((SECONDS - started)) s. Look at
+== Done in $SECONDS s. Look at
   pictures     $run/predictions/
-  curves       tensorboard --logdir runs
-  your images  python -m framework.predict --run $run IMAGE... --out DIR
+  curves       $python -m tensorboard.main --logdir runs
+  your images  $python -m framework.predict --run $run IMAGE... --out DIR
 EOF

@@ -14,8 +14,12 @@ import torch.multiprocessing as multiprocessing
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(ranks, *args) on `world` processes; what each returned, in the order of ranks.
 
-    The function has to be importable by its name. An error in one process is raised here.
+    The function has to be importable by its name. An error in one process is raised here. One rank is this process.
     """
+    if world == 1:
+        from framework.engine.ranks import init_ranks
+
+        return [function(init_ranks(), *args)]
     port = free_port()
     with tempfile.TemporaryDirectory() as results:
         multiprocessing.spawn(_one_rank, (world, port, results, function, args), nprocs=world)

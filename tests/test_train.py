@@ -129,6 +129,10 @@ def content_of(folder: Path) -> dict[str, bytes]:
         (["data.val={other}"], "do not have the same classes"),
         (["train.global_batch=7"], "train.global_batch, train.micro_batch: found 7 and 2"),
         (["model.num_queries=2"], "model.num_queries: found 2, but image 3 of"),
+        (
+            ["train.run_dir={other}/new", "model.backbone.weights=absent.pth"],
+            "absent.pth is not there; the README says",
+        ),
         (["model.num_classes=2"], "model.num_classes: found 2, but"),
     ],
 )

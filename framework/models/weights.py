@@ -175,7 +175,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, SafetensorError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: cannot be loaded safely, or is damaged: {reason}") from error
     content = content.get("model", content) if isinstance(content, dict) else content
