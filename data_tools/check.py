@@ -173,6 +173,8 @@ def sample_faults(
 
 
 def member_bytes(file: BinaryIO, record: np.void, kind: str) -> bytes | None:
+    if int(record[f"{kind}_offset"]) >= 2**63:  # more than a file can have
+        return None
     file.seek(int(record[f"{kind}_offset"]))
     data = file.read(int(record[f"{kind}_length"]))
     return data if zlib.crc32(data) == record[f"{kind}_crc32"] else None

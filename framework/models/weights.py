@@ -5,13 +5,11 @@ several published names.
 """
 
 import argparse
-import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -175,10 +173,17 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, SafetensorError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: cannot be loaded safely, or is damaged: {reason}") from error
+    except Exception as error:  # torch's readers raise whatever damaged bytes make them stumble over
+        raise InputError(f"{path}: cannot be loaded safely, or is damaged: {_reason(error)}") from error
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path}: holds no state dict; expected name -> tensor, or that under 'model'")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """One line: the global that a pickle wanted to call, or what the reader said first."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return f"it holds a pickle that wants {refused[1]}"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
