@@ -95,6 +95,7 @@ def vouch(shards, **values):
     ("field", "value", "message"),
     [
         ("image_offset", 512, "the index says members of"),
+        ("image_offset", 2**63, "the image bytes do not have the crc32"),
         ("json_length", 3, "the JSON bytes do not have the crc32"),
         ("width", 31, "the image is 30x40, the index says 31x40"),
         ("image_id", 10, "an image id occurs twice"),

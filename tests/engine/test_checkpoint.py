@@ -195,3 +195,13 @@ def write_into_a_file(ranks: Ranks, run_dir: Path) -> list[str]:
 def test_a_failed_write_is_an_error_on_every_rank(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     assert all("could not be written" in message for [message] in run_ranks(2, write_into_a_file, tmp_path))
+
+
+def save_step_four(ranks: Ranks, run_dir: Path) -> None:
+    checkpoint.save(run_dir, engine_of(ranks, 1), {"step": 4}, ranks=ranks, keep=1)
+
+
+def test_what_was_just_saved_is_kept_beside_a_broken_newer_one(run_dir):
+    (run_dir / "checkpoints/step-00000009").mkdir()
+    run_ranks(1, save_step_four, run_dir)
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]

@@ -78,3 +78,22 @@ def test_perfect_predictions_have_no_box_loss():
         logits[0, image, query, targets.labels_N[n]] = 20.0
     losses = Criterion(LossConfig(), "focal")(Predictions(logits, boxes), targets, 3.0)
     assert all(loss.item() == pytest.approx(0.0, abs=1e-5) for loss in losses.values())
+
+
+def two_stage_problem():
+    logits, boxes, targets = problem()
+    return Predictions(logits, boxes, Predictions(logits[:1].clone(), boxes[:1].clone())), targets
+
+
+def test_one_copy_to_the_host(monkeypatch):
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or cpu(tensor))
+    Criterion(LossConfig(), "focal")(*two_stage_problem(), num_boxes=5.0)
+    assert len(copies) == 1
+
+
+def test_proposals_that_are_not_finite_are_named():
+    predictions, targets = two_stage_problem()
+    predictions.proposals.boxes_KBQ4[0, 2, 1] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite in proposal stage 0, image 2"):
+        Criterion(LossConfig(), "focal")(predictions, targets, num_boxes=5.0)

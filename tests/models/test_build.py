@@ -9,6 +9,7 @@ from torch import nn
 from framework.errors import UsageError
 from framework.models.backbone import BackboneConfig, FrozenBatchNorm2d, ResNet, group_norm
 from framework.models.build import ModelConfig, build_detector
+from framework.models.decoder import BoxHead
 from framework.models.position import sine_position
 
 SMALL = dict(width=64, num_heads=4, encoder_layers=2, decoder_layers=2, ffn_width=96, num_queries=9, num_classes=3,
@@ -174,3 +175,12 @@ def test_recomputed_activations_change_nothing(images):
         model(images, padding).logits_KBQC.square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.equal(*gradients)
+
+
+def test_boxes_stay_float32_under_autocast():
+    head = BoxHead(64)
+    features = torch.randn(5, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(features)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, head(features.float()), atol=1e-6)
