@@ -24,16 +24,20 @@ def test_four_images_are_learnt():
     model, criterion = build_detector(config), Criterion(LossConfig(), "focal")
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3), torch.device("cpu"))
     batch = collate([example(i, red, blue) for i, (red, blue) in enumerate(BOXES_PX)])
-    for _ in range(90):
+    for step in range(120):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 if step < 90 else 1e-4
         optimizer.zero_grad()
         criterion.total(criterion(model(*batch.inputs("cpu")), batch.targets, num_boxes=8.0)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
     found = top_detections(model(*batch.inputs("cpu")), [(64, 64)] * 4, "focal", limit=2)
-    for boxes, image in zip(BOXES_PX, found, strict=True):
-        assert sorted(image.labels_T.tolist()) == [0, 1]
-        wanted = torch.tensor(boxes, dtype=torch.float32)[image.labels_T]
-        assert (generalized_iou(image.boxes_xyxy_px_T4, wanted) > 0.5).all()
+    assert [sorted(image.labels_T.tolist()) for image in found] == [[0, 1]] * 4
+    overlaps = [
+        generalized_iou(image.boxes_xyxy_px_T4, torch.tensor(boxes, dtype=torch.float32)[image.labels_T])
+        for boxes, image in zip(BOXES_PX, found, strict=True)
+    ]
+    assert torch.cat(overlaps).mean() > 0.6, overlaps  # 0.0 or less before training
 
 
 def example(image_id, red, blue):
