@@ -45,7 +45,7 @@ def precision_for(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 
 def _good_at_bf16(device: torch.device) -> bool:
-    """GPUs from sm_80 on; CPUs with instructions for it (AVX512-BF16 or AMX), where it is about 1.4 times as fast."""
+    """GPUs from sm_80 on; CPUs with instructions for it (AVX512-BF16 or AMX)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
