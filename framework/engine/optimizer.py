@@ -1,6 +1,7 @@
 """AdamW over three parameter groups, and the learning rate of each step."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ class OptimConfig:
     lr: of the group `rest`; `backbone` and `sampling` (sampling offsets, reference points) take a share of it.
     lr_scaling: by global batch / 32: not at all, by its square root, or linearly (the authors advise against).
     warmup_steps: optimizer steps of linear warm-up from 0. clip_norm: gradient norm over all parameters.
-    impl: auto takes the fastest that is installed and says which.
+    impl: auto is torch's fused AdamW, which is there wherever torch is; which one is used is logged.
     """
 
     impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
@@ -76,13 +77,22 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
         return torch.optim.AdamW(groups, fused=True, **settings)
     if impl == "apex":
         return _apex_adam(device)(groups, adam_w_mode=True, **settings)
+    try:
+        return _deepspeed_adam(device)(groups, settings)
+    except (ImportError, RuntimeError, OSError) as error:  # it compiles itself at the first use
+        raise UsageError(f"optim.impl: found deepspeed, whose Adam cannot be built here ({type(error).__name__}: "
+                         f"{str(error).splitlines()[0]}); it needs ninja and a compiler (apt-get install g++, pip "
+                         "install ninja), or set optim.impl=auto") from error  # fmt: skip
+
+
+def _deepspeed_adam(device: torch.device) -> Callable[[Any, dict[str, Any]], torch.optim.Optimizer]:
     if device.type == "cuda":
         from deepspeed.ops.adam import FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=True, **settings)
+        return lambda groups, settings: FusedAdam(groups, adam_w_mode=True, **settings)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return lambda groups, settings: DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
 
 
 def _apex_adam(device: torch.device) -> Any:

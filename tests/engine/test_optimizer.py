@@ -88,3 +88,12 @@ def test_refused_on_the_cpu():
     with pytest.raises(UsageError, match="engine.offload_optimizer: found true on a machine without GPU"):
         deepspeed_config(EngineConfig(offload_optimizer=True), device=CPU, global_batch=4, micro_batch=1,
                          accumulation=4, clip_norm=1.0)  # fmt: skip
+
+
+def test_an_adam_that_cannot_be_built_is_told(monkeypatch):
+    def no_compiler(*_args, **_settings):
+        raise RuntimeError("Unable to JIT load the cpu_adam op\nand much more")
+
+    monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", no_compiler)
+    with pytest.raises(UsageError, match="found deepspeed, whose Adam cannot be built here .*set optim.impl=auto"):
+        build_optimizer(torch.nn.Linear(1, 1), OptimConfig(impl="deepspeed"), CPU)
