@@ -15,7 +15,7 @@ quoted() { "$python" -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1";
 
 if [ -n "$data" ]; then
   name="quickstart-$(basename "$data")"
-  own=(eval.image_side=null model.num_queries=100)  # COCO's own size thresholds
+  own=(eval.image_side=null model.num_queries=100)  # COCO's own size thresholds; more below
 else
   data=data/quickstart/drawn
   say "drawing a synthetic data set in $data"
@@ -26,6 +26,17 @@ run="runs/$name"
 
 say "converting it to shards in $shards"
 "$python" -m data_tools.convert --images "$data/images" --annotations "$data/annotations" --out "$shards"
+
+# Somebody's own images get as many steps as the synthetic ones, in four parts with an evaluation each.
+if [ "$name" != quickstart ]; then
+  mapfile -t -O "${#own[@]}" own < <("$python" - "$shards/train" <<'PY'
+import sys
+from data_tools.sample import read_manifest
+part = max(1, round(436 / 4 / max(1, read_manifest(sys.argv[1]).images // 16)))
+print(f"train.epochs={4 * part}", f"train.lr_drop_epochs=[{3 * part}]", f"eval.every={part}", sep="\n")
+PY
+)
+fi
 
 # As many processes as there are GPUs, if the batch of 16 can be shared out so; two on a CPU.
 read -r processes micro_batch where port < <("$python" - <<'PY'
