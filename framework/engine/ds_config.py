@@ -1,6 +1,7 @@
 """DeepSpeed's engine and its configuration, computed from ours, so that no number is written twice."""
 
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,5 +90,7 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: 
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # Of DeepSpeed's own calls into torch; nothing that a user of ours could change.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     return engine
