@@ -93,7 +93,7 @@ def train(config: str, *overrides: str) -> float:
 def python(*arguments: str) -> float:
     """Run a command of this repository and return its seconds; ends here when it fails."""
     print("$ python", *arguments, flush=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     started = time.monotonic()
     code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
     if code:

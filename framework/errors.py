@@ -9,6 +9,7 @@ from typing import NoReturn
 
 FAILED, MISUSED = 1, 2
 MAIN_RANK_FIRST_S = 3.0
+PEER_HAS_LEFT = ("onnection closed by peer", "onnection reset by peer", "roken pipe")  # gloo's words
 
 
 class UsageError(ValueError):
@@ -32,7 +33,7 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     except (InputError, OSError) as error:
         code = _report(error, FAILED)
     except RuntimeError as error:
-        if "onnection closed by peer" not in str(error):  # gloo's words when another process has left
+        if not any(words in str(error) for words in PEER_HAS_LEFT):
             raise
         code = _report("another process of this run has ended; its own message says why", FAILED)
         time.sleep(2 * MAIN_RANK_FIRST_S)

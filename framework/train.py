@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     def validation_due() -> bool:
         return val_set is not None and (step == end or every(config.eval.every * per_epoch, step))
 
-    if last is not None and validation_due() and not Path(run_dir, evaluation_name(step)).exists():
+    not_evaluated = ranks.all_gather_objects(not Path(run_dir, evaluation_name(step)).exists())[0]
+    if last is not None and validation_due() and not_evaluated:
         validate(engine, val_set, config, ranks, sink, step, step / per_epoch)  # the last attempt ended before it
     with progress(int(end), initial=step, description="training") as bar:
         while step < end:
@@ -250,10 +251,10 @@ def every(interval: int, count: int) -> bool:
 
 
 def refuse_broken(values: dict[str, float], step: int, config: Config) -> None:
-    """End the run on a loss that is no number, or on more bad samples than allowed; on all ranks alike."""
-    if not math.isfinite(values["loss/total"]):
-        raise InputError(f"step {step}: the loss is {values['loss/total']}; lower optim.lr, or set "
-                         "engine.precision=fp32")  # fmt: skip
+    """End the run on a loss or gradient that is no number, or on too many bad samples; on all ranks alike."""
+    for name, what in (("loss/total", "the loss"), ("grad_norm", "the gradient norm")):
+        if not math.isfinite(values[name]):
+            raise InputError(f"step {step}: {what} is {values[name]}; lower optim.lr, or set engine.precision=fp32")
     if values["data/bad_samples"] > config.data.max_bad:
         raise InputError(f"step {step}: {values['data/bad_samples']:.0f} samples could not be used (log.txt names "
                          f"them), data.max_bad is {config.data.max_bad}; repair the shards or raise it")  # fmt: skip

@@ -39,18 +39,21 @@ PY
 fi
 
 # As many processes as there are GPUs, if the batch of 16 can be shared out so; two on a CPU.
-read -r processes micro_batch where port < <("$python" - <<'PY'
-import socket, torch
+read -r processes micro_batch where port chosen < <("$python" - <<'PY'
+import os, socket, torch
 gpus = torch.cuda.device_count()
 processes = max(n for n in (1, 2, 4, 8, 16) if n <= gpus) if gpus else 2
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
-    print(processes, min(8, 16 // processes), "GPU" if gpus else "CPU", probe.getsockname()[1])
+    port = probe.getsockname()[1]
+ids = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(processes)))
+chosen = "--include=localhost:" + ",".join(ids.split(",")[:processes]) if gpus else f"--num_gpus={processes}"
+print(processes, min(8, 16 // processes), "GPU" if gpus else "CPU", port, chosen)
 PY
 )
 if [ "$where" = CPU ]; then export DS_ACCELERATOR=cpu; fi
 say "training on $processes processes ($where) in $run"
-"$python" -m deepspeed.launcher.runner --num_gpus "$processes" --master_port "$port" framework/train.py \
+env -u CUDA_VISIBLE_DEVICES "$python" -m deepspeed.launcher.runner "$chosen" --master_port "$port" framework/train.py \
   --config configs/quickstart.yaml "train.micro_batch=$micro_batch" "train.run_dir=$(quoted "$run")" \
   "data.train=$(quoted "$shards/train")" "data.val=$(quoted "$shards/val")" "${own[@]}" ${ARGS:-} || {
   echo "If the settings changed since an earlier quickstart, remove that one first: rm -r '$run' '$shards'" >&2

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from framework.engine.ranks import Ranks
-from framework.errors import InputError
+from framework.errors import InputError, UsageError
 from framework.files import sha256_of, sync
 from framework.models.weights import WEIGHTS_FILE
 
@@ -62,10 +62,17 @@ def newest(run_dir: str | Path) -> Path | None:
 
 
 def newest_on_all(run_dir: str | Path, ranks: Ranks) -> Path | None:
-    """The newest checkpoint that verifies on every rank; collective."""
-    mine = [folder.name for folder in _verified(run_dir)]
-    common = set(mine).intersection(*ranks.all_gather_objects(mine))
-    return Path(run_dir) / "checkpoints" / max(common) if common else None
+    """The newest checkpoint that verifies on the main rank; collective.
+
+    Raises UsageError on every rank when another one does not see the same: an older one taken instead, or a fresh
+    start, would end in the loss of the newer.
+    """
+    found = newest(run_dir)
+    names = ranks.all_gather_objects(found.name if found else None)
+    if len(set(names)) > 1:
+        raise UsageError(f"train.run_dir: {run_dir} does not hold the same checkpoints for all processes (newest "
+                         f"whole ones: {', '.join(map(str, names))}); expected one folder that all machines share")  # fmt: skip
+    return found
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:

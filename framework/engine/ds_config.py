@@ -27,7 +27,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1):
             raise UsageError(f"engine.zero_stage: found {self.zero_stage}, expected 0 or 1")
-        if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
+        if self.precision == "fp16":
+            # DeepSpeed 0.19.8 under torch_autocast clips gradients that are still scaled, and never lowers the scale.
+            raise UsageError(
+                "engine.precision: found fp16, whose loss scaling DeepSpeed gets wrong here; set bf16 or fp32"
+            )
+        if self.zero_stage == 0 and self.precision == "bf16":
             raise UsageError(
                 f"engine.zero_stage, engine.precision: found 0 and {self.precision}; DeepSpeed keeps fp32 weights "
                 "beside a lower precision from stage 1 on: set engine.zero_stage=1"
@@ -37,12 +42,10 @@ class EngineConfig:
 
 
 def precision_for(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products. Raises UsageError: fp16 without a GPU."""
-    if config.precision == "fp16" and device.type != "cuda":
-        raise UsageError("engine.precision: found fp16 on a machine without GPU; set engine.precision=fp32 or bf16")
+    """The dtype of matrix products."""
     if config.precision == "auto":
         return torch.bfloat16 if _good_at_bf16(device) and config.zero_stage > 0 else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
 
 
 def _good_at_bf16(device: torch.device) -> bool:
@@ -53,8 +56,8 @@ def _good_at_bf16(device: torch.device) -> bool:
 
 
 def autocast(config: EngineConfig, device: torch.device) -> torch.autocast:
-    """Evaluation in the precision of training, without the engine; fp32 where the device has no fp16."""
-    dtype = torch.float32 if (config.precision, device.type) == ("fp16", "cpu") else precision_for(config, device)
+    """Evaluation in the precision of training, without the engine."""
+    dtype = precision_for(config, device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

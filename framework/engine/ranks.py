@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from framework.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -47,7 +49,8 @@ class Ranks:
 def init_ranks() -> Ranks:
     """Join the process group that the launcher's environment describes; alone where there is no launcher.
 
-    One GPU a process where there are GPUs (nccl), otherwise the CPU's cores are shared out (gloo).
+    One GPU a process where there are GPUs (nccl), otherwise, or with DS_ACCELERATOR=cpu, the CPU's cores are shared
+    out (gloo). Raises UsageError: more processes than GPUs.
     """
     import deepspeed
 
@@ -56,7 +59,10 @@ def init_ranks() -> Ranks:
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local_rank)})
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"--num_gpus: process {local_rank} of this machine has no GPU, there are "
+                             f"{torch.cuda.device_count()}; start as many processes as GPUs")  # fmt: skip
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     else:

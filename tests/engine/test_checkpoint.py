@@ -12,7 +12,7 @@ from framework.engine import checkpoint
 from framework.engine.ds_config import EngineConfig, deepspeed_config, start_engine
 from framework.engine.optimizer import OptimConfig, build_optimizer, learning_rates, set_learning_rates
 from framework.engine.ranks import Ranks
-from framework.errors import InputError
+from framework.errors import InputError, UsageError
 from tests.distributed import run_ranks
 
 GLOBAL_BATCH = 8
@@ -205,3 +205,14 @@ def test_what_was_just_saved_is_kept_beside_a_broken_newer_one(run_dir):
     (run_dir / "checkpoints/step-00000009").mkdir()
     run_ranks(1, save_step_four, run_dir)
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def newest_of_different_folders(ranks: Ranks, run_dir: Path, empty: Path) -> str:
+    with pytest.raises(UsageError) as error:
+        checkpoint.newest_on_all(run_dir if ranks.is_main else empty, ranks)
+    return str(error.value)
+
+
+def test_ranks_that_see_different_folders_are_refused(saved, tmp_path):
+    for message in run_ranks(2, newest_of_different_folders, saved, tmp_path):
+        assert "does not hold the same checkpoints" in message and "step-00000003, None" in message
