@@ -70,8 +70,10 @@ def newest_on_all(run_dir: str | Path, ranks: Ranks) -> Path | None:
     found = newest(run_dir)
     names = ranks.all_gather_objects(found.name if found else None)
     if len(set(names)) > 1:
-        raise UsageError(f"train.run_dir: {run_dir} does not hold the same checkpoints for all processes (newest "
-                         f"whole ones: {', '.join(map(str, names))}); expected one folder that all machines share")  # fmt: skip
+        raise UsageError(
+            f"train.run_dir: {run_dir} does not hold the same checkpoints for all processes (newest whole ones: "
+            f"{', '.join(map(str, names))}); expected one folder that all machines share"
+        )
     return found
 
 
