@@ -3,7 +3,8 @@
     python -m benchmarks.real_data [--parts coco_open aquarium overfit] [--work DIR]
 
 coco_open, aquarium: 20 steps of the base recipe (800 px, two processes on the CPU, micro-batch 1) in two sessions of
-10, the second resumed from the first; group norm, since an ImageNet file cannot be downloaded here. overfit: a small
+10, the second resumed from the first; group norm, since an ImageNet file cannot be downloaded here;
+precision auto, which is bf16 where the CPU has instructions for it. overfit: a small
 model on the first 8 images of aquarium, to AP50 of at least 0.95. Each part replaces its own section of
 docs/results/real-data.{json,md}. The images are read through TENFOLD_DATA.
 """

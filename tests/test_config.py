@@ -122,7 +122,7 @@ def test_files_that_are_not_configs(tmp_path):
 
 
 def test_every_field_is_read_by_training(tmp_path, monkeypatch):
-    """By a run that stops and goes on; what checks, copies or saves whole sections does not count."""
+    """By a run of each loss, one of them resumed; what checks, copies or saves whole sections does not count."""
     read = set()
 
     def recording(section, name):
@@ -137,10 +137,11 @@ def test_every_field_is_read_by_training(tmp_path, monkeypatch):
     (tmp_path / "tiny.yaml").write_text(TINY)
     write_shards(tmp_path / "train", [make_sample(n) for n in range(3)])
     write_shards(tmp_path / "val", [make_sample(9)])
-    settings = ["model.queries=learned", "model.classification=softmax", "data.workers=0",
-                "train.global_batch=1", "train.micro_batch=1", "train.checkpoint_every=0"]  # fmt: skip
-    for steps in (1, 3):
-        train.main(arguments(tmp_path, tmp_path / "run", *settings, f"train.max_steps={steps}"))
+    settings = ["model.queries=learned", "data.workers=0", "train.global_batch=1", "train.micro_batch=1",
+                "train.checkpoint_every=0"]  # fmt: skip
+    for kind, steps in (("softmax", 1), ("softmax", 3), ("focal", 1)):
+        changes = [f"model.classification={kind}", f"train.max_steps={steps}"]
+        train.main(arguments(tmp_path, tmp_path / kind, *settings, *changes))
     assert [name for name, leaf in leaves.items() if leaf not in read] == []
 
 

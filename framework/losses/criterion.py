@@ -4,7 +4,6 @@
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,26 +12,8 @@ from torch.nn import functional as F
 
 from framework.boxes import cxcywh_to_xyxy, generalized_iou
 from framework.data.batch import Targets
-from framework.errors import UsageError
-from framework.losses.matcher import MatchCosts, Stage, match
+from framework.losses.matcher import LossConfig, Stage, match
 from framework.models.detector import Predictions
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of the terms, in the loss and in the matching. Defaults: Zhu et al. 2021 (DETR: class_weight 1)."""
-
-    class_weight: float = 2.0
-    box_weight: float = 5.0
-    giou_weight: float = 2.0
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    no_object_weight: float = 0.1  # of the no-object class under softmax
-
-    def __post_init__(self) -> None:
-        for key, value in vars(self).items():
-            if not value >= 0:
-                raise UsageError(f"loss.{key}: found {value}, expected at least 0")
 
 
 class Criterion:
@@ -45,9 +26,6 @@ class Criterion:
         self.config = config
         self.classification = classification
         self.weights = {"class": config.class_weight, "box": config.box_weight, "giou": config.giou_weight}
-        self.costs = MatchCosts(
-            config.class_weight, config.box_weight, config.giou_weight, config.focal_alpha, config.focal_gamma
-        )
 
     def __call__(self, predictions: Predictions, targets: Targets, num_boxes: float | Tensor) -> dict[str, Tensor]:
         """num_boxes: targets a micro-batch has on average over the global batch, at least 1.
@@ -62,7 +40,7 @@ class Criterion:
             first = predictions.proposals
             stages.append(Stage("proposal stage", first.logits_KBQC, first.boxes_KBQ4, anything))
             names.append(["/proposals"])
-        matches = match(stages, classification=self.classification, costs=self.costs)
+        matches = match(stages, classification=self.classification, config=self.config)
         losses: dict[str, Tensor] = {}
         for stage, query_KN, suffixes in zip(stages, matches, names, strict=True):
             losses |= self._losses(stage, query_KN, num_boxes, suffixes)

@@ -14,17 +14,24 @@ from torch import Tensor
 
 from framework.boxes import cxcywh_to_xyxy, generalized_iou
 from framework.data.batch import Targets
+from framework.errors import UsageError
 
 
 @dataclass(frozen=True)
-class MatchCosts:
-    """Weights of the terms of a pair's cost; the published ones are the loss weights of the same terms."""
+class LossConfig:
+    """Weights of the terms, in the loss and in the matching. Defaults: Zhu et al. 2021 (DETR: class_weight 1)."""
 
-    class_cost: float = 2.0
-    box_cost: float = 5.0
-    giou_cost: float = 2.0
+    class_weight: float = 2.0
+    box_weight: float = 5.0
+    giou_weight: float = 2.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+    no_object_weight: float = 0.1  # of the no-object class under softmax
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            if not value >= 0:
+                raise UsageError(f"loss.{key}: found {value}, expected at least 0")
 
 
 class TooManyBoxes(ValueError):
@@ -45,7 +52,7 @@ class Stage:
 
 
 @torch.no_grad()
-def match(stages: Sequence[Stage], *, classification: Literal["focal", "softmax"], costs: MatchCosts) -> list[Tensor]:
+def match(stages: Sequence[Stage], *, classification: Literal["focal", "softmax"], config: LossConfig) -> list[Tensor]:
     """Assign each target box to one query at least total cost, per stage, layer and image.
 
     All costs come to the host in one copy.
@@ -65,7 +72,7 @@ def match(stages: Sequence[Stage], *, classification: Literal["focal", "softmax"
                     f"image {image} of the batch has {count} boxes and the model {queries} queries: raise "
                     "model.num_queries"
                 )
-    on_device = [pair_costs(stage, classification, costs) for stage in stages]
+    on_device = [pair_costs(stage, classification, config) for stage in stages]
     on_host = torch.cat([cost.flatten() for cost in on_device]).cpu()
     parts = on_host.split([cost.numel() for cost in on_device])
     device = stages[0].logits_KBQC.device
@@ -90,23 +97,23 @@ def _assign(stage: Stage, cost_KNQ: np.ndarray) -> Tensor:
     return torch.from_numpy(query_KN)
 
 
-def pair_costs(stage: Stage, classification: str, costs: MatchCosts) -> Tensor:
+def pair_costs(stage: Stage, classification: str, config: LossConfig) -> Tensor:
     """Cost of explaining target n by query q of its own image: (K, N, Q). No pair crosses images."""
     targets, image_N = stage.targets, stage.targets.image_N
     if classification == "focal":
-        class_KNQ = _focal_cost(stage.logits_KBQC[:, image_N, :, targets.labels_N].permute(1, 0, 2), costs)
+        class_KNQ = _focal_cost(stage.logits_KBQC[:, image_N, :, targets.labels_N].permute(1, 0, 2), config)
     else:
         class_KNQ = -stage.logits_KBQC.softmax(-1)[:, image_N, :, targets.labels_N].permute(1, 0, 2)
     predicted_KNQ4 = stage.boxes_KBQ4[:, image_N]
     wanted_N14 = targets.boxes_cxcywh_N4[:, None]
     box_KNQ = (predicted_KNQ4 - wanted_N14).abs().sum(-1)
     giou_KNQ = generalized_iou(cxcywh_to_xyxy(predicted_KNQ4), cxcywh_to_xyxy(wanted_N14))
-    return costs.class_cost * class_KNQ + costs.box_cost * box_KNQ - costs.giou_cost * giou_KNQ
+    return config.class_weight * class_KNQ + config.box_weight * box_KNQ - config.giou_weight * giou_KNQ
 
 
-def _focal_cost(logits: Tensor, costs: MatchCosts) -> Tensor:
+def _focal_cost(logits: Tensor, config: LossConfig) -> Tensor:
     """What the focal loss of this logit falls by when its target turns from 0 to 1, with the published 1e-8."""
-    p, alpha, gamma = logits.sigmoid(), costs.focal_alpha, costs.focal_gamma
+    p, alpha, gamma = logits.sigmoid(), config.focal_alpha, config.focal_gamma
     positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     return positive - negative

@@ -56,6 +56,9 @@ class FileSink:
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_later_lines(run_dir / "metrics.jsonl", resume_step)
+        for document in (run_dir / "evaluation").glob("step-*.json"):
+            if int(document.stem.removeprefix("step-")) > resume_step:
+                document.unlink()
         self.events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
         self.lines = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 closed by close()
 

@@ -5,7 +5,7 @@ import torch
 
 from framework.data.batch import Targets
 from framework.losses.criterion import Criterion, LossConfig
-from framework.losses.matcher import MatchCosts, Stage, match
+from framework.losses.matcher import Stage, match
 from framework.models.detector import Predictions
 from tests.losses.test_matcher import problem
 
@@ -13,7 +13,7 @@ from tests.losses.test_matcher import problem
 def test_focal_against_loops():
     logits, boxes, targets = problem(counts=(1, 2))
     losses = Criterion(LossConfig(), "focal")(Predictions(logits, boxes), targets, num_boxes=1.5)
-    [query_KN] = match([Stage("decoder layer", logits, boxes, targets)], classification="focal", costs=MatchCosts())
+    [query_KN] = match([Stage("decoder layer", logits, boxes, targets)], classification="focal", config=LossConfig())
     for layer, name in ((0, "class/layer0"), (1, "class")):
         expected = 0.0
         for image in range(2):

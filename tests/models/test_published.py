@@ -82,7 +82,7 @@ def test_assignment(published):
     name, _, predictions, expected, targets, meta = published
     criterion = Criterion(LossConfig(class_weight=meta["loss_weights"]["loss_ce"]), VARIANTS[name].classification)
     stage = Stage("decoder layer", predictions.logits_KBQC[-1:], predictions.boxes_KBQ4[-1:], targets)
-    [query_KN] = match([stage], classification=VARIANTS[name].classification, costs=criterion.costs)
+    [query_KN] = match([stage], classification=VARIANTS[name].classification, config=criterion.config)
     for image, (queries, boxes) in enumerate(expected["indices"]):
         mine = query_KN[0][targets.image_N == image]
         assert torch.equal(mine[boxes], queries)

@@ -100,3 +100,12 @@ def test_other_ranks_write_nothing(tmp_path):
     sink.document("evaluation/step-00000001.json", {})
     sink.close()
     assert isinstance(sink, NullSink) and list(tmp_path.iterdir()) == []
+
+
+def test_resuming_drops_later_evaluations(tmp_path):
+    sink = open_sink(tmp_path, is_main=True, resume_step=0)
+    for step in (3, 6):
+        sink.document(f"evaluation/step-{step:08d}.json", {"AP": 0.5})
+    sink.close()
+    open_sink(tmp_path, is_main=True, resume_step=3).close()
+    assert [p.name for p in (tmp_path / "evaluation").iterdir()] == ["step-00000003.json"]
