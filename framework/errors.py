@@ -1,5 +1,7 @@
 """Errors that a user can cause, and how a command turns them into one line and an exit code."""
 
+import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -39,7 +41,20 @@ def command(main: Callable[[], int | None]) -> NoReturn:
         time.sleep(2 * MAIN_RANK_FIRST_S)
     except KeyboardInterrupt:
         code = _report("interrupted", 130)
-    sys.exit(code)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process once everything registered for its exit is done, but without Python's own teardown.
+
+    During that teardown a process with gloo's threads was now and then aborted ("terminate called without an active
+    exception"), with its work done: a thread that asks for the interpreter then is ended by force.
+    """
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _report(error: object, code: int) -> int:

@@ -38,5 +38,7 @@ def _one_rank(rank: int, world: int, port: int, results: str, function: Callable
         OMP_NUM_THREADS="1",
     )  # fmt: skip
     from framework.engine.ranks import init_ranks
+    from framework.errors import leave
 
     (Path(results) / str(rank)).write_bytes(pickle.dumps(function(init_ranks(), *args)))
+    leave(0)
