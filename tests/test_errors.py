@@ -1,0 +1,45 @@
+"""Exit codes and one-line messages, of real processes: `command` ends the one that calls it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.paths import REPOSITORY
+
+SCRIPT = """
+import atexit, sys
+from framework.errors import InputError, UsageError, command
+atexit.register(lambda: print("exit handlers ran"))
+def main():
+    print("some output")
+    {body}
+command(main)
+"""
+
+
+def run(body: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", SCRIPT.format(body=body)], capture_output=True, text=True,
+                          cwd=REPOSITORY, timeout=60)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body, code, message",
+    [
+        ("return None", 0, ""),
+        ("return 85", 85, ""),
+        ("raise UsageError('key: found 1')", 2, "error: key: found 1\n"),
+        ("raise InputError('file: damaged')", 1, "error: file: damaged\n"),
+        ("open('/not/there')", 1, "error: [Errno 2] No such file or directory: '/not/there'\n"),
+        ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(body, code, message):
+    result = run(body)
+    assert (result.returncode, result.stderr) == (code, message)
+    assert result.stdout == "some output\nexit handlers ran\n"
+
+
+def test_what_only_we_can_cause_keeps_its_traceback():
+    result = run("assert False, 'ours'")
+    assert result.returncode == 1 and "Traceback" in result.stderr and "ours" in result.stderr
