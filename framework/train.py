@@ -62,8 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.manual_seed(config.train.seed)
     detector = build_detector(config.model)
-    if last is None:
-        load_start_weights(detector, config)
+    start = load_start_weights(detector, config) if last is None else checkpoint.read_state(last)["start_weights"]
     if config.engine.activation_checkpointing:
         detector.recompute_activations()
     optimizer = build_optimizer(detector.to(ranks.device), config.optim, ranks.device)
@@ -80,10 +79,14 @@ def main(argv: list[str] | None = None) -> int:
     per_epoch = train_set.steps_per_epoch
     end = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
     step = at.epoch * per_epoch + at.samples_consumed // config.train.global_batch
-    record_run(config, ranks, {"fingerprint": train_set.manifest.fingerprint})
+    record_run(config, ranks, {"fingerprint": train_set.manifest.fingerprint, "start_weights": start})
     setup_logging(run_dir, ranks.is_main)
     sink = open_sink(run_dir, ranks.is_main, step)
-    log.info("resuming from %s", last) if last else log.info("a fresh run in %s", run_dir)
+    if last:
+        log.info("resuming from %s", last)
+    else:
+        weights = "\n  ".join([f"{start['file']}:", *start["report"]]) if start else "random weights"
+        log.info("a fresh run in %s, from %s", run_dir, weights)
     log.info(
         "%d images, %d steps an epoch; global batch %d = %d ranks x %d images x %d accumulated; step %d of %d",
         train_set.manifest.images, per_epoch, config.train.global_batch, ranks.world, config.train.micro_batch,
@@ -123,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
                     if save_due:
                         classes = [asdict(c) for c in train_set.manifest.classes]
                         state = {"step": step, "data": asdict(at), "lr": rates, "world": ranks.world,
-                                 "classes": classes, "bad_samples": sorted(meter.bad_samples)}  # fmt: skip
+                                 "classes": classes, "bad_samples": sorted(meter.bad_samples),
+                                 "start_weights": start}  # fmt: skip
                         saved = checkpoint.save(
                             run_dir, engine, state, ranks=ranks, keep=config.train.keep_checkpoints
                         )  # fmt: skip
@@ -181,16 +185,22 @@ def with_num_classes(config: Config, train_set: TrainLoader) -> Config:
     return config
 
 
-def load_start_weights(detector: Detector, config: Config) -> None:
-    """What a fresh run starts from: a checkpoint to fine-tune, an ImageNet backbone, or neither."""
+def load_start_weights(detector: Detector, config: Config) -> dict[str, Any] | None:
+    """What a fresh run starts from, for the record: a checkpoint to fine-tune, an ImageNet backbone, or neither."""
     if config.model.init:
-        log.info("model.init: %s", load_published(detector, config.model.init, strict=False))
+        report = load_published(detector, config.model.init, strict=False, expected="detector")
+        if config.model.backbone.norm == "frozen" and any("running_var" in name for name in report.missing):
+            raise InputError(f"model.init, model.backbone.norm: {config.model.init} has no statistics for the frozen "
+                             "batch norm; its backbone was trained with model.backbone.norm=group")  # fmt: skip
     elif config.model.backbone.weights:
         if not Path(config.model.backbone.weights).is_file():
             raise UsageError(f"model.backbone.weights: {config.model.backbone.weights} is not there; the README says "
                              "how to get it (Training on COCO); from scratch: model.backbone.norm=group "
                              "model.backbone.weights=null")  # fmt: skip
-        log.info("backbone: %s", load_published(detector, config.model.backbone.weights))
+        report = load_published(detector, config.model.backbone.weights, expected="backbone")
+    else:
+        return None
+    return {"file": report.source, "sha256": report.sha256, "tensors": len(report.loaded), "report": report.lines()}
 
 
 def refuse_too_many_boxes(config: Config, train_set: TrainLoader) -> None:

@@ -62,7 +62,7 @@ def load_trained(args: argparse.Namespace, overrides: list[str], data: str | Non
         raise UsageError(f"model.num_classes: found null, and no classes beside {weights}; "
                          "give model.num_classes=N, or the shards in data.val")  # fmt: skip
     model = build_detector(config.model)
-    load_published(model, weights)
+    load_published(model, weights, expected="detector")
     return Trained(model.eval(), config, classes, weights)
 
 

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from framework import evaluate, train
 from framework.engine import checkpoint
 from framework.errors import InputError, UsageError
 from framework.evaluation.coco import METRICS
+from framework.files import sha256_of
 from tests.data.shards import CLASSES, make_sample, overwrite, write_shards
 from tests.distributed import free_port
 from tests.paths import REPOSITORY
@@ -202,3 +204,31 @@ def test_what_is_recorded_at_an_evaluation(data, tmp_path):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (evaluation,) = [r for r in records if "val/AP" in r]
     assert (evaluation["step"], evaluation["images_seen"], evaluation["epoch"]) == (3, 24, 1.0)
+
+
+def test_fine_tuning_records_what_it_started_from(data, whole, tmp_path):
+    run, weights = tmp_path / "run", checkpoint.newest(whole) / "weights.safetensors"
+    command = arguments(data, run, f"model.init={weights}", "model.ffn_width=64", "eval.every=0")
+    for limit in ("train.max_steps=1", "train.max_steps=2"):  # the second one resumes: what it began with stays known
+        assert train.main([*command, limit]) == 0
+        start = json.loads((run / "environment.json").read_text())["start_weights"]
+        assert start["file"] == str(weights) and start["sha256"] == sha256_of(weights)
+        assert "model.ffn_width: 32 in the file, 64 in the model" in start["report"]
+    log = (run / "log.txt").read_text()
+    assert f"a fresh run in {run}, from {weights}:\n  {start['tensors']} tensors fit\n  model.ffn_width" in log
+    assert lines(run)[1]["loss/total"] < lines(whole)[1]["loss/total"]
+
+
+def test_start_weights_of_the_wrong_kind(data, whole, tmp_path):
+    backbone = {name.removeprefix("backbone."): tensor
+                for name, tensor in checkpoint.read_weights(checkpoint.newest(whole)).items()
+                if name.startswith("backbone.")}  # fmt: skip
+    torch.save(backbone, tmp_path / "resnet18.pth")
+    for overrides, message in (
+        ([f"model.init={tmp_path / 'resnet18.pth'}"], "resnet18.pth: found a ResNet alone"),
+        ([f"model.backbone.weights={checkpoint.newest(whole)}/weights.safetensors"], "found no torchvision ResNet"),
+        ([f"model.init={checkpoint.newest(whole)}", "model.backbone.norm=frozen"], "has no statistics for the frozen"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train.main(arguments(data, tmp_path / "run", *overrides))
+        assert not (tmp_path / "run").exists()

@@ -8,12 +8,14 @@ import argparse
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from framework.errors import InputError
+from framework.files import sha256_of
 from framework.models.attention import DenseAttention
 from framework.models.detector import Detector
 from framework.models.queries import EncoderProposals
@@ -65,52 +67,73 @@ DENSE = [
 
 @dataclass
 class Report:
-    """What became of a file's tensors; names as in the file, but `missing` as in the model."""
+    """What became of a file's tensors; names as in the file, but `missing` as in the model.
 
+    conflicting: names of one tensor of the model that hold different values in the file; the last one counts.
+    settings: where file and model differ, as configuration keys. sha256: of the file; None of a state dict.
+    """
+
+    source: str
+    sha256: str | None = None
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
+    conflicting: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
 
     @property
     def exact(self) -> bool:
-        return not (self.missing or self.unexpected or self.misshapen)
+        return not (self.missing or self.unexpected or self.misshapen or self.conflicting)
 
-    def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        for what in ("misshapen", "missing", "unexpected"):
+    def lines(self) -> list[str]:
+        """For people: what differs in settings, then what follows from it, layers counted together."""
+        lines = [f"{len(self.loaded)} tensors fit", *self.settings]
+        for what in ("misshapen", "missing", "unexpected", "conflicting"):
             names = getattr(self, what)
             if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                parts.append(f"{len(names)} {what} ({', '.join(names[:5])}{more})")
-        return "; ".join(parts)
+                lines.append(f"{len(names)} {what}: {', '.join(_together(names))}")
+        return lines
 
 
 def load_published(
-    model: Detector, path_or_state_dict: str | Path | dict[str, Tensor], *, strict: bool = True
+    model: Detector,
+    path_or_state_dict: str | Path | dict[str, Tensor],
+    *,
+    strict: bool = True,
+    expected: Literal["detector", "backbone"] | None = None,
 ) -> Report:
     """Copy the tensors of a published detector, a torchvision ResNet or one of our checkpoints into `model`.
 
-    strict=False loads what fits and lists the rest. Nothing is copied when an error is raised.
-    Raises InputError: the file is not readable without running code from it, or (strict) does not fit.
+    strict=False loads what fits and lists the rest. `expected` refuses the other kind of file. Nothing is copied
+    when an error is raised.
+    Raises InputError: the file is not readable without running code from it, of the other kind, or (strict) does
+    not fit.
     """
-    source = "the state dict" if isinstance(path_or_state_dict, dict) else str(path_or_state_dict)
-    tensors = path_or_state_dict if isinstance(path_or_state_dict, dict) else read_tensors(path_or_state_dict)
+    if isinstance(path_or_state_dict, dict):
+        report, tensors = Report("the state dict"), path_or_state_dict
+    else:
+        file = _file(path_or_state_dict)
+        tensors = read_tensors(file)
+        report = Report(str(path_or_state_dict), sha256_of(file))
+    _refuse_other_kind(report.source, tensors, expected)
     names, ignored = _names_for(model, tensors)
     wanted = {name: key for key, aliases in names.items() for name in aliases}
     own = model.state_dict()
 
-    report = Report()
     report.unexpected = [name for name in tensors if name not in wanted and not re.fullmatch(ignored, name)]
     report.missing = [key for key, aliases in names.items() if not any(name in tensors for name in aliases)]
     for name in (name for name in tensors if name in wanted):
-        target = own[wanted[name]]
-        fits = target.shape == tensors[name].shape
+        found, target = list(tensors[name].shape), list(own[wanted[name]].shape)
+        fits = found == target
         (report.loaded if fits else report.misshapen).append(
-            name if fits else f"{name}: found {list(tensors[name].shape)}, expected {list(target.shape)}"
+            name if fits else f"{name}: found {found}, expected {target}"
         )
+    report.conflicting = _conflicting(tensors, {name: own[wanted[name]].data_ptr() for name in report.loaded})
+    if report.loaded or report.misshapen:  # a file whose names mean something
+        report.settings = _differing_settings(tensors, to_published(model))
     if not report.loaded or (strict and not report.exact):
-        raise InputError(f"{source} does not fit the model: {report}")
+        raise InputError(f"{report.source} does not fit the model: {'; '.join(report.lines())}")
     with torch.no_grad():
         for name in report.loaded:
             own[wanted[name]].copy_(tensors[name])
@@ -150,24 +173,109 @@ def _head_names(key: str, model: Detector) -> list[str]:
     return [name, f"transformer.decoder.{name}"] if under_decoder else [name]
 
 
+def _is_resnet(tensors: dict[str, Tensor]) -> bool:
+    return "conv1.weight" in tensors
+
+
+def _is_own(tensors: dict[str, Tensor]) -> bool:
+    return any(name.startswith("decoder.class_heads") for name in tensors)
+
+
+def _refuse_other_kind(source: str, tensors: dict[str, Tensor], expected: str | None) -> None:
+    if expected == "detector" and _is_resnet(tensors):
+        raise InputError(f"{source}: found a ResNet alone, expected a whole detector; a file to start the backbone "
+                         "from belongs in model.backbone.weights")  # fmt: skip
+    if expected == "backbone" and not _is_resnet(tensors):
+        raise InputError(f"{source}: found no torchvision ResNet (no conv1.weight), expected one; a detector to "
+                         "start from belongs in model.init")  # fmt: skip
+
+
 def _names_for(model: Detector, tensors: dict[str, Tensor]) -> tuple[dict[str, list[str]], str]:
     """The names a file of this kind uses for our keys, and a pattern of what may be left over."""
-    if "conv1.weight" in tensors:  # a torchvision ResNet: the backbone only, its classifier is not needed
+    if _is_resnet(tensors):  # the backbone only, its classifier is not needed
         ours = [f"backbone.{key}" for key in model.backbone.state_dict()]
         return {key: [key.removeprefix("backbone.")] for key in ours}, r"fc\..*|.*num_batches_tracked"
-    if any(name.startswith("decoder.class_heads") for name in tensors):  # our own
+    if _is_own(tensors):
         untied = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
         return {key: [key] for key in untied}, r"(?!)"
     return published_names(model), r".*num_batches_tracked"
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file, a .safetensors file, or one of our checkpoint folders. Runs no code from it."""
+def _conflicting(tensors: dict[str, Tensor], targets: dict[str, int]) -> list[str]:
+    """Heads that the model ties and the file does not. targets: name in the file -> address in the model."""
+    last = {address: name for name, address in targets.items()}
+    return [
+        f"{name}: differs from {last[address]}, one tensor in the model"
+        for name, address in targets.items()
+        if name != last[address] and not torch.equal(tensors[name], tensors[last[address]])
+    ]
+
+
+def _differing_settings(file: dict[str, Tensor], model: dict[str, Tensor]) -> list[str]:
+    theirs, ours = _settings(file), _settings(model)
+    return [f"{key}: {theirs[key]} in the file, {ours[key]} in the model" for key in theirs if theirs[key] != ours[key]]
+
+
+def _settings(tensors: dict[str, Tensor]) -> dict[str, object]:
+    """The settings that names (published or ours) and shapes give away."""
+    bottleneck, stage3 = _has(tensors, r"layer1\.0\.conv3"), _count(tensors, r"layer3\.(\d+)\.")
+    resnets = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
+    settings: dict[str, object] = {
+        "model.backbone.name": resnets.get((bottleneck, stage3), f"a ResNet with {stage3} blocks in stage 3"),
+        "model.backbone.norm": "frozen" if _has(tensors, r"running_mean") else "group",
+    }
+    if _is_resnet(tensors):
+        return settings
+    proposals = _has(tensors, r"enc_output\.|token_projection\.")
+    return settings | {
+        "model.attention": "dense" if _has(tensors, r"multihead_attn\.|attention\.attend\.") else "deformable",
+        "model.queries": "proposals" if proposals else "learned",
+        "model.refine_boxes": proposals or _has(tensors, r"^transformer\.decoder\.bbox_embed|^decoder\.box_heads\.1"),
+        "model.num_feature_levels": _rows(tensors, r"level_embed|level_codes\.weight") or 1,
+        "model.num_queries": _rows(tensors, r"query_embed\.weight|queries\.(embedding|position)\.weight"),
+        "model.width": _rows(tensors, r"encoder\.layers\.0\.(ffn\.)?linear2\.weight"),
+        "model.ffn_width": _rows(tensors, r"encoder\.layers\.0\.(ffn\.)?linear1\.weight"),
+        "model.encoder_layers": _count(tensors, r"encoder\.layers\.(\d+)\."),
+        "model.decoder_layers": _count(tensors, r"decoder\.layers\.(\d+)\."),
+        "model.num_classes, as class logits": _rows(tensors, r"(class_embed|decoder\.class_heads)(\.0)?\.weight"),
+    }
+
+
+def _has(tensors: dict[str, Tensor], pattern: str) -> bool:
+    return any(re.search(pattern, name) for name in tensors)
+
+
+def _count(tensors: dict[str, Tensor], pattern: str) -> int:
+    """How many layers, numbered in the pattern's group, there are."""
+    return 1 + max((int(m[1]) for m in (re.search(pattern, name) for name in tensors) if m), default=-1)
+
+
+def _rows(tensors: dict[str, Tensor], pattern: str) -> int | None:
+    return next((len(tensor) for name, tensor in tensors.items() if re.search(pattern, name)), None)
+
+
+def _together(names: list[str], shown: int = 5) -> list[str]:
+    """What differs in a layer's number only, once, with the count; at most `shown` of them."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\.\d+(?=[.:])", ".*", name), []).append(name)
+    lines = [f"{kind} ({len(alike)})" if len(alike) > 1 else alike[0] for kind, alike in kinds.items()]
+    return lines[:shown] + ([f"and {len(lines) - shown} more kinds"] if len(lines) > shown else [])
+
+
+def _file(path: str | Path) -> Path:
+    """The file with the tensors: the one named, or that in the checkpoint folder named. Raises InputError."""
     path = Path(path)
     if path.is_dir():
         path = path / WEIGHTS_FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a .pth or .safetensors file, or a checkpoint folder")
+    return path
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pth file, a .safetensors file, or one of our checkpoint folders. Runs no code from it."""
+    path = _file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -175,10 +283,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers raise whatever damaged bytes make them stumble over
         raise InputError(f"{path}: cannot be loaded safely, or is damaged: {_reason(error)}") from error
-    content = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path}: holds no state dict; expected name -> tensor, or that under 'model'")
-    return content
+    found = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        what = f"the keys {', '.join(map(str, content))[:80]}" if isinstance(content, dict) else type(content).__name__
+        raise InputError(f"{path}: holds no state dict; found {what}, expected name -> tensor, or that under 'model'")
+    return found
 
 
 def _reason(error: Exception) -> str:

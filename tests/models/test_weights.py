@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from framework.errors import InputError
+from framework.files import sha256_of
 from framework.models.backbone import BackboneConfig
 from framework.models.build import ModelConfig, build_detector
 from framework.models.weights import WEIGHTS_FILE, load_published, to_published
@@ -60,7 +62,9 @@ def test_a_published_file(tmp_path):
     source, target = tiny(), tiny(seed=1)
     content = {"model": to_published(source), "args": argparse.Namespace(lr=2e-4, masks=False), "epoch": 49}
     torch.save(content, tmp_path / "r50.pth")
-    assert load_published(target, tmp_path / "r50.pth").exact
+    report = load_published(target, tmp_path / "r50.pth", expected="detector")
+    assert report.exact and report.sha256 == sha256_of(tmp_path / "r50.pth")
+    assert report.lines() == [f"{len(report.loaded)} tensors fit"]
     assert not differing(source.state_dict(), target.state_dict())
 
 
@@ -100,7 +104,9 @@ def test_truncated_files(name, save, share, tmp_path):
 def test_files_without_a_state_dict(tmp_path):
     refused(tmp_path / "absent.pth", "no such file")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    refused(tmp_path / "list.pth", "holds no state dict")
+    refused(tmp_path / "list.pth", "holds no state dict; found list")
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, "epoch": 3}, tmp_path / "other.pth")
+    refused(tmp_path / "other.pth", "holds no state dict; found the keys state_dict, epoch, expected")
 
 
 def refused(path, message):
@@ -121,25 +127,34 @@ def test_other_classes_fit_but_for_the_class_heads():
     ]
     assert not report.missing and not report.unexpected
     assert differing(source.state_dict() | {name: before[name] for name in kept}, target.state_dict()) == set()
-    assert "4 misshapen (class_embed.0.weight: found [7, 32], expected [3, 32]" in str(report)
+    assert report.lines() == [
+        f"{len(report.loaded)} tensors fit",
+        "model.num_classes, as class logits: 7 in the file, 3 in the model",
+        "4 misshapen: class_embed.*.weight: found [7, 32], expected [3, 32] (2), "
+        "class_embed.*.bias: found [7], expected [3] (2)",
+    ]
 
 
 def test_what_does_not_fit_exactly_is_refused_and_changes_nothing():
     good = to_published(tiny(seed=1))
     for tensors, message in (
         (to_published(tiny(seed=1, num_classes=7)), "4 misshapen"),
-        ({name: t for name, t in good.items() if name != "input_proj.0.0.weight"}, "1 missing .projections.0.0.weight"),
-        (good | {"query_embed.bias": torch.zeros(5)}, "1 unexpected .query_embed.bias"),
-    ):
+        ({name: t for name, t in good.items() if name != "input_proj.0.0.weight"}, "1 missing: projections.0.0.weight"),
+        (good | {"query_embed.bias": torch.zeros(5)}, "1 unexpected: query_embed.bias"),
+        (good | {"class_embed.0.bias": torch.zeros(3)},
+         "1 conflicting: class_embed.0.bias: differs from class_embed.1.bias, one tensor in the model"),
+    ):  # fmt: skip
         model = tiny()
         before = copied(model)
-        with pytest.raises(InputError, match=f"the state dict does not fit the model: .*{message}"):
+        with pytest.raises(InputError, match=f"the state dict does not fit the model: .*{re.escape(message)}"):
             load_published(model, tensors)
         assert not differing(before, model.state_dict())
 
 
 def test_nothing_that_fits_is_refused_even_when_not_strict():
-    with pytest.raises(InputError, match="0 tensors loaded"):
+    with pytest.raises(
+        InputError, match="the state dict does not fit the model: 0 tensors fit; .*1 unexpected: weight"
+    ):
         load_published(tiny(), {"weight": torch.zeros(1)}, strict=False)
 
 
@@ -150,7 +165,7 @@ def test_a_torchvision_resnet_fills_the_backbone_only(tmp_path):
                for name in backbone if name.endswith("running_mean")}  # fmt: skip
     classifier = {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
     torch.save(backbone | tracked | classifier, tmp_path / "resnet18.pth")
-    assert load_published(target, tmp_path / "resnet18.pth").exact
+    assert load_published(target, tmp_path / "resnet18.pth", expected="backbone").exact
     assert not differing(source.backbone.state_dict(), target.backbone.state_dict())
     assert differing(before, target.state_dict()) == {f"backbone.{name}" for name in backbone}
 
@@ -165,3 +180,56 @@ def test_an_own_checkpoint_of_tied_heads(tmp_path):
         report = load_published(target, path)
         assert report.exact and set(report.loaded) == set(tensors)
         assert not differing(source.state_dict(), target.state_dict())
+
+
+def changed_settings(report):
+    return [line.split(":")[0] for line in report.settings]
+
+
+@pytest.mark.parametrize(
+    "changes, keys",
+    [
+        (dict(num_queries=7), ["model.num_queries"]),
+        (dict(num_feature_levels=3), ["model.num_feature_levels"]),
+        (dict(ffn_width=64), ["model.ffn_width"]),
+        (dict(width=64), ["model.width"]),
+        (dict(encoder_layers=2), ["model.encoder_layers"]),
+        (dict(decoder_layers=1), ["model.decoder_layers"]),
+        (dict(refine_boxes=True), ["model.refine_boxes"]),
+        (dict(refine_boxes=True, queries="proposals"), ["model.queries", "model.refine_boxes", "model.num_queries"]),
+        (dict(backbone=BackboneConfig("resnet34")), ["model.backbone.name"]),
+        (dict(backbone=BackboneConfig("resnet50")), ["model.backbone.name"]),
+        (dict(backbone=BackboneConfig("resnet18", norm="group")), ["model.backbone.norm"]),
+        (KINDS["detr"], ["model.attention", "model.num_feature_levels", "model.num_classes, as class logits"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("own", [False, True])
+def test_the_report_names_the_settings_to_change(changes, keys, own):
+    source = tiny(**changes)
+    tensors = dict(source.named_parameters()) | dict(source.named_buffers()) if own else to_published(source)
+    report = load_published(tiny(seed=1), tensors, strict=False)
+    assert changed_settings(report) == keys and not report.exact
+
+
+def test_one_kind_of_file_is_not_taken_for_the_other(tmp_path):
+    model = tiny()
+    before = copied(model)
+    torch.save(tiny(seed=1).backbone.state_dict(), tmp_path / "resnet18.pth")
+    torch.save({"model": to_published(tiny(seed=1))}, tmp_path / "detector.pth")
+    with pytest.raises(InputError, match=r"resnet18.pth: found a ResNet alone, expected .* model.backbone.weights"):
+        load_published(model, tmp_path / "resnet18.pth", strict=False, expected="detector")
+    with pytest.raises(InputError, match=r"detector.pth: found no torchvision ResNet .* belongs in model.init"):
+        load_published(model, tmp_path / "detector.pth", strict=False, expected="backbone")
+    assert not differing(before, model.state_dict())
+
+
+def test_another_resnet_is_named():
+    with pytest.raises(InputError, match="model.backbone.name: resnet34 in the file, resnet18 in the model; .* unexp"):
+        load_published(tiny(), tiny(backbone=BackboneConfig("resnet34")).backbone.state_dict(), expected="backbone")
+
+
+def test_heads_that_a_file_does_not_tie_end_as_the_last_layer_s():
+    source, target = tiny(refine_boxes=True), tiny(seed=1)
+    report = load_published(target, to_published(source), strict=False)
+    assert [line.split(":")[0] for line in report.conflicting][:2] == ["class_embed.0.weight", "class_embed.0.bias"]
+    assert torch.equal(target.decoder.class_heads[0].weight, source.decoder.class_heads[1].weight)
