@@ -1,4 +1,4 @@
-"""Turn a data set in COCO format into shards: tar files that webdataset reads, an index, a manifest.
+"""Turn a data set (COCO, Pascal VOC, YOLO) into shards: tar files that webdataset reads, an index, a manifest.
 
     annotations -> checked samples -> each image: read, checked, re-encoded unless JPEG -> shards -> commit
 
@@ -7,7 +7,6 @@ name when everything in it is on the disk; before, it is `<name>.partial`.
 """
 
 import argparse
-import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from data_tools.coco import DataSet, read_coco
+from data_tools.annotations import DataSet
+from data_tools.classes import read_names
+from data_tools.coco import read_coco
 from data_tools.commit import commit, is_free, partial_folder
-from data_tools.pixels import to_8_bit
-from data_tools.sample import MANIFEST, SPLITS, Manifest, Sample, read_manifest
+from data_tools.images import read_image
+from data_tools.sample import MANIFEST, SPLITS, Manifest, read_manifest
 from data_tools.shards import ShardSetWriter
+from data_tools.voc import read_voc
+from data_tools.yolo import read_yolo
 from framework.errors import InputError, UsageError, command
 from framework.tracking.console import progress, setup_logging, write_json
 
@@ -29,22 +31,37 @@ EXAMPLE = """examples:
   python -m data_tools.convert --images coco/val2017 --annotations coco/annotations/instances_val2017.json \\
       --out shards/coco-val
   python -m data_tools.convert --images data/shapes/images --annotations data/shapes/annotations --out shards/shapes
+  python -m data_tools.convert --format voc --images VOC2007/JPEGImages --annotations VOC2007/Annotations \\
+      --classes voc.names --out shards/voc
+  python -m data_tools.convert --format yolo --images fish/images/val --annotations fish/labels/val \\
+      --classes fish/data.yaml --out shards/fish/val
 
-With a folder of annotations its instances_train.json and instances_val.json become OUT/train and OUT/val."""
+coco: with a folder of annotations its instances_train.json and instances_val.json become OUT/train and OUT/val.
+
+voc: a folder of XML files, one an image, which is found by its <filename>, or else by the name of the XML file.
+Pixels count from 1 and the last is inside, as in the VOC devkit: x1 y1 x2 y2 = xmin - 1, ymin - 1, xmax, ymax. Boxes
+of tools that count from 0 come out up to a pixel too far left and up; an xmin or ymin of 0 is clipped and counted.
+Difficult objects are kept as ordinary ones. Classes are those that occur, sorted by name, unless --classes lists them:
+give it for train and val, so that both have the same. Category ids are 1, 2, ... in their order.
+
+yolo: a folder of .txt files named like the images, 'class cx cy w h' in fractions of the image. An image without such
+a file is one without objects. Class names come from --classes, or else from the nearest classes.txt or data.yaml, in
+the folder of labels or the two above. Category ids are YOLO's + 1. Lines with more columns (polygons) are faults.
+
+voc and yolo: image ids are 1, 2, ... by file name. Train and val are converted one after the other."""
 
 MIB = 2**20
 SHOWN_FAULTS, SHOWN_CLASSES = 20, 12
 SIZE_LIMITS_PX = {"small": 32, "medium": 96, "large": float("inf")}  # COCO's, of sqrt(area)
-JPEG_FORMATS = ("JPEG", "MPO")  # MPO: cameras that append a second picture to a JPEG file
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     setup_logging(None, is_main=True)
     started, out = time.monotonic(), Path(args.out).resolve()
-    files = annotation_files(Path(args.annotations))
+    files = annotation_files(args.annotations) if args.format == "coco" else {"": args.annotations}
     refuse_unfinished(out, files)
-    sets = {name: read_coco(path, args.drop_bad_boxes) for name, path in files.items()}
+    sets = {name: read_set(path, args) for name, path in files.items()}
     refuse_other_classes(sets)
     faults = [fault for data in sets.values() for fault in data.faults]
     total = sum(len(data.samples) for data in sets.values())
@@ -73,9 +90,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", required=True, type=Path, help="folder that the file names start from")
-    parser.add_argument("--annotations", required=True, type=Path, help="annotation file, or a folder of them")
+    parser.add_argument("--annotations", required=True, type=Path, help="COCO's file, or a folder of annotations")
     parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--format", choices=["coco"], default="coco", help="of the annotations (coco)")
+    parser.add_argument("--format", choices=["coco", "voc", "yolo"], default="coco", help="of the annotations (coco)")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="class names of voc and yolo: one a line, or YOLO's data.yaml"
+    )
     parser.add_argument("--shard-mib", type=int, default=256, help="most MiB of a shard (256)")
     parser.add_argument(
         "--verify", choices=["decode", "none"], default="decode", help="decode every image, or trust it (decode)"
@@ -88,11 +108,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"--images {args.images}: not a folder; expected the one that the file names start from")
     if args.shard_mib < 1:
         raise UsageError(f"--shard-mib {args.shard_mib}: expected 1 or more")
+    refuse_other_format(args)
     return args
 
 
+def refuse_other_format(args: argparse.Namespace) -> None:
+    """Raises UsageError when --annotations or --classes do not go with --format."""
+    if args.format == "coco" and args.classes:
+        raise UsageError(f"--classes {args.classes}: COCO's file names its classes itself; leave --classes out")
+    if args.format != "coco" and not args.annotations.is_dir():
+        raise UsageError(f"--annotations {args.annotations}: not a folder, which --format {args.format} reads")
+    if args.classes and not args.classes.is_file():
+        raise UsageError(f"--classes {args.classes}: not a file; expected one with the names of the classes")
+
+
 def annotation_files(path: Path) -> dict[str, Path]:
-    """Set name -> annotation file; the name is a folder under the shards, empty for a single set."""
+    """Set name -> annotation file of COCO; the name is a folder under the shards, empty for a single set."""
     if path.is_file():
         return {"": path}
     if not path.is_dir():
@@ -102,9 +133,16 @@ def annotation_files(path: Path) -> dict[str, Path]:
         if not file.is_file():
             raise UsageError(
                 f"--annotations {path}: no {file.name} in it; expected {' and '.join(f.name for f in files.values())}, "
-                "or name one annotation file"
+                "or name one annotation file, or the --format of the folder: voc (XML), yolo (text)"
             )
     return files
+
+
+def read_set(path: Path, args: argparse.Namespace) -> DataSet:
+    if args.format == "coco":
+        return read_coco(path, args.drop_bad_boxes)
+    read = read_voc if args.format == "voc" else read_yolo
+    return read(path, args.images, read_names(args.classes) if args.classes else None, args.drop_bad_boxes)
 
 
 def refuse_unfinished(out: Path, names: Iterable[str]) -> None:
@@ -165,66 +203,13 @@ def write_set(
         write_json(folder / "report.json", report(data))
 
 
-def read_image(path: Path, sample: Sample, verify: bool, repairs: Counter[str]) -> bytes:
-    """The file's own bytes when they are JPEG, else re-encoded; what is not plain RGB is counted as a repair.
-
-    Raises:
-        InputError: missing, empty, not an image, truncated, or not of the size that the annotations say.
-    """
-    advice = f"mend it, or take image {sample.image_id} out of the annotations"
-    if not path.is_file():
-        raise InputError(f"{path}: missing; {advice}")
-    data = path.read_bytes()
-    if not data:
-        raise InputError(f"{path}: an empty file, 0 bytes; {advice}")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            kept = image.format in JPEG_FORMATS
-            check_size(image, sample)
-            count_repairs(image, kept, repairs)
-            if verify:
-                image.load()
-            return data if kept else to_jpeg(image)
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: not an image that Pillow reads; {advice}") from None
-    except Exception as error:  # Pillow's decoders raise whatever damaged bytes make them stumble over
-        raise InputError(f"{path}: {error}; {advice}") from error
-
-
-def check_size(image: Image.Image, sample: Sample) -> None:
-    if image.size != (sample.width, sample.height):
-        found, expected = "{}x{}".format(*image.size), f"{sample.width}x{sample.height}"
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 1
-        hint = " (EXIF would turn it, which COCO's boxes do not follow)" if turned else ""
-        raise InputError(f"is {found}{hint}, the annotations say {expected}")
-
-
-def count_repairs(image: ImageFile.ImageFile, kept: bool, repairs: Counter[str]) -> None:
-    if kept and image.mode != "RGB":
-        repairs[f"{'greyscale' if image.mode == 'L' else image.mode} JPEG to be read as RGB"] += 1
-    if not kept:
-        repairs[f"{image.format} re-encoded as JPEG"] += 1
-    if ";16" in str(image.tile):  # Pillow's name of the stored bits; the mode alone hides 16-bit colour
-        repairs["16-bit image scaled to 8 bit"] += 1
-
-
-def to_jpeg(image: Image.Image) -> bytes:
-    """8 bit, grey or RGB, quality 95. Raises InputError: floating-point pixels, whose range nobody knows."""
-    if image.mode == "F":
-        raise InputError("has floating-point pixels, expected 8 or 16 bit")
-    image = to_8_bit(image)
-    buffer = io.BytesIO()
-    image.convert("L" if image.mode in ("1", "L", "LA") else "RGB").save(buffer, "JPEG", quality=95, subsampling=0)
-    return buffer.getvalue()
-
-
 def report(data: DataSet) -> dict[str, Any]:
     """What was converted and what was done to it; kept beside the manifest."""
     labels = Counter(label for sample in data.samples for label in sample.labels)
     sizes = np.sqrt([area for sample in data.samples for area in sample.areas])
     bins = np.searchsorted(list(SIZE_LIMITS_PX.values()), sizes, side="right")
     return {
-        "annotations": data.path.name,
+        "annotations": data.path.absolute().name,
         "images": len(data.samples),
         "images_without_boxes": sum(not sample.labels for sample in data.samples),
         "boxes": len(sizes),

@@ -15,9 +15,9 @@ from PIL import Image
 
 from data_tools import check, convert
 from data_tools.commit import partial_folder
-from data_tools.sample import Category, Sample, read_index, read_manifest
+from data_tools.sample import Category, Sample, read_manifest
 from framework.errors import InputError, UsageError
-from tests.data_tools.sets import SIZES_WH, arguments, coco, content, pixels, write_set
+from tests.data_tools.sets import SIZES_WH, arguments, coco, content, pixels, samples, write_set
 from tests.paths import data_folder
 
 
@@ -30,15 +30,6 @@ def converted(source, tmp_path, *more):
     assert convert.main(arguments(source, tmp_path / "out", *more)) == 0
     assert check.main([str(tmp_path / "out")]) == 0
     return tmp_path / "out"
-
-
-def samples(out):
-    """All samples of a set, through the index."""
-    manifest = read_manifest(out)
-    for record in read_index(out, manifest):
-        data = (out / manifest.shards[record["shard"]].name).read_bytes()
-        image = data[record["image_offset"] :][: record["image_length"]]
-        yield image, Sample.from_json(data[record["json_offset"] :][: record["json_length"]])
 
 
 def test_webdataset_reads_what_was_written(source, tmp_path, monkeypatch):
