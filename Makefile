@@ -58,6 +58,7 @@ format: env  ## format the code and mend what the linter can
 	@'$(PYTHON)' -m ruff format .
 
 bench: build  ## the figures in docs/results/ (real data is read through TENFOLD_DATA)
+	@'$(PYTHON)' -m benchmarks.flops
 	@'$(PYTHON)' -m benchmarks.real_data
 
 clean:  ## remove the environment, what was built, caches; runs/ and data/ stay

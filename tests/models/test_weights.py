@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from framework import config as configuration
 from framework.errors import InputError
 from framework.files import sha256_of
 from framework.models.backbone import BackboneConfig
 from framework.models.build import ModelConfig, build_detector
 from framework.models.weights import WEIGHTS_FILE, load_published, to_published
+from tests.paths import REPOSITORY
 
 TINY = dict(width=32, num_heads=2, encoder_layers=1, decoder_layers=2, ffn_width=32, num_queries=5, num_classes=3,
             num_feature_levels=2, backbone=BackboneConfig("resnet18"))  # fmt: skip
@@ -233,3 +236,18 @@ def test_heads_that_a_file_does_not_tie_end_as_the_last_layer_s():
     report = load_published(target, to_published(source), strict=False)
     assert [line.split(":")[0] for line in report.conflicting][:2] == ["class_embed.0.weight", "class_embed.0.bias"]
     assert torch.equal(target.decoder.class_heads[0].weight, source.decoder.class_heads[1].weight)
+
+
+def test_the_fine_tuning_config_takes_what_was_trained_on_coco(tmp_path):
+    """The published two-stage model has 91 logits; everything but the class heads fits a set with 7 classes."""
+    config = configuration.load(REPOSITORY / "configs/finetune_r50_two_stage.yaml", ["model.num_classes=7"]).model
+    published = to_published(build_detector(replace(config, num_classes=91)))
+    torch.save({"model": published, "args": argparse.Namespace(two_stage=True)}, tmp_path / "published.pth")
+    report = load_published(build_detector(config), tmp_path / "published.pth", strict=False)
+    assert report.lines()[1:] == [
+        "model.num_classes, as class logits: 91 in the file, 7 in the model",
+        "28 misshapen: class_embed.*.weight: found [91, 256], expected [7, 256] (7), "
+        "transformer.decoder.class_embed.*.weight: found [91, 256], expected [7, 256] (7), "
+        "class_embed.*.bias: found [91], expected [7] (7), "
+        "transformer.decoder.class_embed.*.bias: found [91], expected [7] (7)",
+    ]

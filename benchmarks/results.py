@@ -1,0 +1,52 @@
+"""Where benchmarks write what they saw: docs/results/<name>.json, and the same as Markdown beside it."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+
+
+def write(name: str, title: str, part: str, result: dict[str, Any], command: str) -> None:
+    """Replace the section `part` of the results `name`, stamped with command, date, commit and machine.
+
+    In `result`, a value that is a list of dicts becomes a table of its own.
+    """
+    path = RESULTS / f"{name}.json"
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything[part] = result | {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "commit": subprocess.check_output(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, text=True).strip(),
+        "machine": f"{platform.machine()}, CPU, {len(os.sched_getaffinity(0))} cores",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(everything, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(title, everything))
+
+
+def markdown(title: str, everything: dict[str, Any]) -> str:
+    lines = [f"# {title}", ""]
+    for part, result in everything.items():
+        tables = {key: value for key, value in result.items() if isinstance(value, list)}
+        lines += [f"## {part}", ""]
+        for rows in tables.values():
+            lines += [*_table(list(rows[0]), [list(row.values()) for row in rows]), ""]
+        lines += [*_table(["what", "value"], [[k, v] for k, v in result.items() if k not in tables]), ""]
+    return "\n".join(lines)
+
+
+def _table(heads: list[str], rows: list[list[Any]]) -> list[str]:
+    cells = [heads, ["---"] * len(heads), *([_shown(value) for value in row] for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_shown(one)}" for key, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
