@@ -213,11 +213,15 @@ def _conflicting(tensors: dict[str, Tensor], targets: dict[str, int]) -> list[st
 
 def _differing_settings(file: dict[str, Tensor], model: dict[str, Tensor]) -> list[str]:
     theirs, ours = _settings(file), _settings(model)
-    return [f"{key}: {theirs[key]} in the file, {ours[key]} in the model" for key in theirs if theirs[key] != ours[key]]
+    return [
+        f"{key}: {theirs[key]} in the file, {ours[key]} in the model"
+        for key in theirs
+        if theirs[key] != ours[key] and None not in (theirs[key], ours[key])
+    ]
 
 
 def _settings(tensors: dict[str, Tensor]) -> dict[str, object]:
-    """The settings that names (published or ours) and shapes give away."""
+    """The settings that names (published or ours) and shapes give away; None for one that does not apply."""
     bottleneck, stage3 = _has(tensors, r"layer1\.0\.conv3"), _count(tensors, r"layer3\.(\d+)\.")
     resnets = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
     settings: dict[str, object] = {
@@ -254,13 +258,13 @@ def _rows(tensors: dict[str, Tensor], pattern: str) -> int | None:
     return next((len(tensor) for name, tensor in tensors.items() if re.search(pattern, name)), None)
 
 
-def _together(names: list[str], shown: int = 5) -> list[str]:
+def _together(names: list[str], shown: int = 3) -> list[str]:
     """What differs in a layer's number only, once, with the count; at most `shown` of them."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(re.sub(r"\.\d+(?=[.:])", ".*", name), []).append(name)
     lines = [f"{kind} ({len(alike)})" if len(alike) > 1 else alike[0] for kind, alike in kinds.items()]
-    return lines[:shown] + ([f"and {len(lines) - shown} more kinds"] if len(lines) > shown else [])
+    return lines[:shown] + ([f"and {len(lines) - shown} more"] if len(lines) > shown else [])
 
 
 def _file(path: str | Path) -> Path:
