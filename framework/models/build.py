@@ -9,11 +9,12 @@
 | DETR (DC5)             | dense      | learned   | false        | 1                  | (true)   | softmax        |
 """
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import nn
 
 from framework.errors import UsageError
@@ -103,7 +104,7 @@ def build_detector(config: ModelConfig) -> Detector:
         for _ in range(config.decoder_layers)
     ]
     class_heads, box_heads = parts.heads()
-    queries = parts.queries()
+    queries = parts.queries(class_heads, box_heads)
     return Detector(
         backbone,
         parts.projections(backbone),
@@ -162,21 +163,24 @@ class _Deformable:
         return LevelCodes(self.config.num_feature_levels, self.config.width)
 
     def heads(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """Plain boxes: one head tied over all layers. Refined ones: a head for each layer."""
+        """Plain boxes: one head tied over all layers. Refined ones: a head for each layer, copies of one at first."""
         c = self.config
         count = c.decoder_layers if c.refine_boxes else 1
-        class_heads: list[nn.Module] = [_class_head(c) for _ in range(count)]
-        # Without proposals the first boxes start at 0.12 of the image's sides.
-        sizes = [-2.0 if k == 0 and c.queries == "learned" else 0.0 for k in range(count)]
-        box_heads: list[nn.Module] = [_constant_box_head(c.width, size) for size in sizes]
+        class_head, box_head = _class_head(c), _constant_box_head(c.width)
+        class_heads: list[nn.Module] = [copy.deepcopy(class_head) for _ in range(count)]
+        box_heads: list[nn.Module] = [copy.deepcopy(box_head) for _ in range(count)]
+        if c.queries == "learned":  # without proposals the first boxes start at 0.12 of the image's sides
+            _last_layer(box_heads[0]).bias.data[2:] = -2.0
         tied = c.decoder_layers // count
         return class_heads * tied, box_heads * tied
 
-    def queries(self) -> nn.Module:
+    def queries(self, class_heads: Sequence[nn.Module], box_heads: Sequence[nn.Module]) -> nn.Module:
+        """Proposals start with copies of the decoder's heads."""
         c = self.config
         if c.queries == "learned":
             return LearnedPoints(c.num_queries, c.width)
-        proposals = EncoderProposals(c.num_queries, c.width, _class_head(c), _constant_box_head(c.width))
+        heads = copy.deepcopy((class_heads[0], box_heads[0]))
+        proposals = EncoderProposals(c.num_queries, c.width, *heads)
         for linear in (proposals.token_projection, proposals.code_projection):
             nn.init.xavier_uniform_(linear.weight)
         return proposals
@@ -206,7 +210,7 @@ class _Dense:
         c = self.config
         return [_class_head(c)] * c.decoder_layers, [BoxHead(c.width)] * c.decoder_layers
 
-    def queries(self) -> nn.Module:
+    def queries(self, class_heads: Sequence[nn.Module], box_heads: Sequence[nn.Module]) -> nn.Module:
         return LearnedEmbeddings(self.config.num_queries, self.config.width)
 
     def output_norm(self) -> nn.Module:
@@ -221,14 +225,19 @@ def _class_head(config: ModelConfig) -> nn.Linear:
     return head
 
 
-def _constant_box_head(width: int, size: float = 0.0) -> BoxHead:
-    """A head that moves no box at first; `size` is its bias of width and height, before the sigmoid."""
+def _constant_box_head(width: int) -> BoxHead:
+    """A head that moves no box at first."""
     head = BoxHead(width)
-    last = head.layers[-1]
-    assert isinstance(last, nn.Linear)
-    nn.init.zeros_(last.weight)
-    last.bias.data.copy_(torch.tensor([0.0, 0.0, size, size]))
+    nn.init.zeros_(_last_layer(head).weight)
+    nn.init.zeros_(_last_layer(head).bias)
     return head
+
+
+def _last_layer(box_head: nn.Module) -> nn.Linear:
+    assert isinstance(box_head, BoxHead)
+    last = box_head.layers[-1]
+    assert isinstance(last, nn.Linear)
+    return last
 
 
 def _xavier(layer: nn.Module) -> nn.Module:

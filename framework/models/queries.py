@@ -100,5 +100,6 @@ class EncoderProposals(nn.Module):
         counts = [height * width for height, width in pyramid.shapes_hw]
         side_S = torch.cat([centres_BS2.new_full((n,), side) for n, side in zip(counts, sides, strict=True)])
         grid_BS4 = torch.cat([centres_BS2, side_S[:, None].expand_as(centres_BS2)], dim=-1)
-        inside = ((grid_BS4 > self.BORDER) & (grid_BS4 < 1 - self.BORDER)).all(-1, keepdim=True)
+        border = self.BORDER + 1e-6  # a centre on the border is out, however the unpadded size was rounded
+        inside = ((grid_BS4 > border) & (grid_BS4 < 1 - border)).all(-1, keepdim=True)
         return grid_BS4, inside & ~pyramid.padding_BS[..., None]

@@ -38,12 +38,18 @@ def test_layers_have_names_and_weights():
 
 
 def test_proposals_know_one_class():
-    logits, boxes, targets = problem()
-    stage = Predictions(logits[:1], boxes[:1])
-    a = Criterion(LossConfig(), "focal")(Predictions(logits, boxes, stage), targets, 5.0)
+    """They are matched and scored as if every target were class 0, the decoder's layers are not."""
+    predictions, targets = two_stage_problem()
+    predictions.proposals.logits_KBQC *= 4  # so that the class decides the matching
+    criterion = Criterion(LossConfig(), "focal")
+    found = criterion(predictions, targets, 5.0)
+    decoder = criterion(Predictions(predictions.logits_KBQC, predictions.boxes_KBQ4), targets, 5.0)
+    assert targets.labels_N.any() and {name: found[name] for name in decoder} == decoder
+    labelled = criterion(predictions.proposals, targets, 5.0)
     targets.labels_N = torch.zeros_like(targets.labels_N)
-    b = Criterion(LossConfig(), "focal")(stage, targets, 5.0)
-    assert a["class/proposals"] == b["class"]
+    nothing_but_objects = criterion(predictions.proposals, targets, 5.0)
+    for term in ("class", "box", "giou"):
+        assert found[f"{term}/proposals"] == nothing_but_objects[term] != labelled[term]
 
 
 @pytest.mark.parametrize("classification", ["focal", "softmax"])

@@ -88,31 +88,102 @@ def test_what_lies_under_the_mask_does_not_matter(kind, monkeypatch):
         assert (b[:, 0] - b[:, 1]).abs().max() > 1e-3  # as two images should
 
 
-def test_refinement_detaches_between_layers(images):
-    """With refinement, the loss of a later layer's box does not reach an earlier layer's box head."""
-    model = small("refine")
-    out = model(images, torch.zeros(2, 96, 128, dtype=torch.bool))
-    out.boxes_KBQ4[1].sum().backward()
-    first, second = (head.layers[-1].bias.grad for head in model.decoder.box_heads)
-    assert first.abs().sum() == 0 and second.abs().sum() > 0
+@pytest.mark.parametrize("kind", ["refine", "two_stage"])
+def test_refinement_detaches_between_layers(kind, images):
+    """The loss of a layer's boxes reaches the box head of that layer only."""
+    for layer in range(3):
+        model = small(kind, decoder_layers=3)
+        out = model(images, torch.zeros(2, 96, 128, dtype=torch.bool))
+        out.boxes_KBQ4[layer].sum().backward()
+        reached = [bool(head.layers[-1].bias.grad.any()) for head in model.decoder.box_heads]
+        assert reached == [k == layer for k in range(3)]
 
 
-def test_tied_and_separate_heads():
-    base, refined, two_stage = small("base"), small("refine"), small("two_stage")
-    assert base.decoder.box_heads[0] is base.decoder.box_heads[1]
-    assert refined.decoder.box_heads[0] is not refined.decoder.box_heads[1]
-    assert two_stage.queries.box_head is not two_stage.decoder.box_heads[1]
+@pytest.mark.parametrize("kind", KINDS)
+def test_tied_and_separate_heads(kind):
+    """One pair of heads for all layers without refinement, one for each layer with it, one more for proposals."""
+    model = small(kind, decoder_layers=3)
+    separate = {"refine": 3, "two_stage": 3}.get(kind, 1)
+    for heads in (model.decoder.class_heads, model.decoder.box_heads):
+        assert len(heads) == 3 and len(set(heads)) == separate
+        assert len({p.data_ptr() for p in heads.parameters()}) == separate * len(list(heads[0].parameters()))
+    of_proposals = {name for name, _ in model.queries.named_children() if name.endswith("_head")}
+    assert of_proposals == ({"class_head", "box_head"} if kind == "two_stage" else set())
+    assert not set(model.queries.children()) & {*model.decoder.class_heads, *model.decoder.box_heads}
 
 
-def test_initial_values():
-    for kind, size_bias in (("base", [-2.0]), ("refine", [-2.0, 0.0]), ("two_stage", [0.0, 0.0])):
-        model = small(kind)
-        heads = list(dict.fromkeys(model.decoder.box_heads))
-        assert [head.layers[-1].bias[2:].tolist() for head in heads] == [[b, b] for b in size_bias], kind
-        assert all(
-            head.layers[-1].bias[:2].abs().sum() == 0 and head.layers[-1].weight.abs().sum() == 0 for head in heads
-        )
-        assert model.decoder.class_heads[0].bias.tolist() == pytest.approx([-math.log(99)] * 3)
+@pytest.mark.parametrize("kind", ["refine", "two_stage"])
+def test_separate_heads_start_as_copies(kind):
+    """Published: all are cloned from one, and only then does the first of them get its bias."""
+    model = small(kind, decoder_layers=3)
+    class_heads, box_heads = [*model.decoder.class_heads], [*model.decoder.box_heads]
+    if kind == "two_stage":
+        class_heads.append(model.queries.class_head)
+        box_heads.append(model.queries.box_head)
+    for first, *others in (class_heads, box_heads):
+        for other in others:
+            differing = {n for (n, a), b in zip(first.named_parameters(), other.parameters(), strict=True)
+                         if not torch.equal(a, b)}  # fmt: skip
+            assert differing == ({"layers.2.bias"} if (kind, first) == ("refine", box_heads[0]) else set())
+
+
+@pytest.mark.parametrize("kind, sizes", [
+    ("base", [-2, -2, -2]), ("single_scale", [-2, -2, -2]), ("refine", [-2, 0, 0]), ("two_stage", [0, 0, 0, 0]),
+])  # fmt: skip
+def test_initial_heads(kind, sizes):
+    """Boxes start at their references, at 0.12 of the sides without proposals; every class at 0.01."""
+    model = small(kind, decoder_layers=3)
+    last = [head.layers[-1] for head in model.decoder.box_heads]
+    class_heads = [*model.decoder.class_heads]
+    if kind == "two_stage":
+        last.append(model.queries.box_head.layers[-1])
+        class_heads.append(model.queries.class_head)
+    assert [layer.bias.tolist() for layer in last] == [[0, 0, size, size] for size in sizes]
+    assert not any(layer.weight.any() for layer in last)
+    for head in class_heads:
+        assert head.bias.tolist() == pytest.approx([-math.log(99)] * 3)
+
+
+def test_initial_boxes(images):
+    """Therefore all layers predict the same boxes at first, refined ones too."""
+    padding = torch.zeros(2, 96, 128, dtype=torch.bool)
+    for kind, side in (("base", 1 / (1 + math.exp(2))), ("refine", 1 / (1 + math.exp(2))), ("two_stage", None)):
+        boxes_KBQ4 = small(kind)(images, padding).boxes_KBQ4
+        torch.testing.assert_close(boxes_KBQ4[0], boxes_KBQ4[1])
+        assert side is None or boxes_KBQ4[..., 2:].flatten().tolist() == pytest.approx([side] * 72)
+
+
+def test_initial_heads_of_detr_are_plain():
+    model = small("detr")
+    assert (model.decoder.class_heads[0].bias.abs() < 0.125).all()  # uniform within 1 / sqrt(64)
+    last = model.decoder.box_heads[0].layers[-1]
+    assert last.weight.any() and last.bias.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_matrices(kind):
+    """Xavier in the transformer; the codes of levels and queries are normal."""
+    model = small(kind)
+    matrices = [p for layer in (*model.encoder.layers, *model.decoder.layers) for name, p in layer.named_parameters()
+                if p.dim() > 1 and "sampling_offsets" not in name and "attention_weights" not in name]  # fmt: skip
+    if kind != "detr":
+        matrices += [projection[0].weight for projection in model.projections]
+        assert not any(projection[0].bias.any() for projection in model.projections)
+        assert model.level_codes.weight.std().item() == pytest.approx(1, abs=0.25)
+    if kind == "two_stage":
+        matrices += [model.queries.token_projection.weight, model.queries.code_projection.weight]
+    elif kind == "detr":
+        assert model.queries.position.weight.std().item() == pytest.approx(1, abs=0.1)
+    else:
+        assert model.queries.embedding.weight.std().item() == pytest.approx(1, abs=0.1)
+        matrices.append(model.queries.reference_points.weight)
+        assert not model.queries.reference_points.bias.any()
+    for matrix in matrices:
+        bound = math.sqrt(6 / (matrix[0].numel() + matrix[:, 0].numel()))
+        assert 0.9 * bound < matrix.abs().max() <= bound
+
+
+def test_initial_sampling():
     offsets = small("base").encoder.layers[0].attention.sample.sampling_offsets
     assert offsets.weight.abs().sum() == 0
     grid = offsets.bias.view(4, 4, 4, 2)  # heads, levels, points, xy: 4 heads look along the axes
