@@ -7,6 +7,7 @@ python -m framework.train --config ...                                          
 import argparse
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,13 @@ from framework.engine.optimizer import build_optimizer, learning_rates, set_lear
 from framework.engine.ranks import Ranks, init_ranks
 from framework.engine.step import train_step
 from framework.errors import InputError, UsageError, command
+from framework.evaluation.attention import look_inside
 from framework.evaluation.coco import evaluate, report
 from framework.losses.criterion import Criterion
 from framework.models.build import build_detector
 from framework.models.detector import Detector
 from framework.models.weights import load_published
+from framework.tracking.attention import draw_attention
 from framework.tracking.console import progress, setup_logging
 from framework.tracking.meter import Meter
 from framework.tracking.pictures import draw_coco, side_by_side
@@ -223,11 +226,15 @@ def validate(
             engine.module, val_set, ranks=ranks, config=config.eval, labels=config.data.labels,
             classification=config.model.classification,
         )  # fmt: skip
+    shown = range(min(config.tracking.attention, val_set.manifest.images))
+    looks = [attention_in(engine.module, val_set, i, config) for i in shown]
     engine.train()
     tags = {f"val/{name}": numbers[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
     sink.scalars(tags | seen(step, config), step, epoch)
     for i in range(min(config.tracking.pictures, val_set.manifest.images)):
         sink.picture(f"predictions/{i}", partial(picture_of, val_set, i, detections), step)
+    for i, draw in enumerate(looks):
+        sink.picture(f"attention/{i}", draw, step)
     sink.document(evaluation_name(step), report(numbers, config.eval.image_side, step=step, epoch=epoch))
     log.info("epoch %g: %s", epoch, ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
 
@@ -254,6 +261,20 @@ def picture_of(val_set: EvalLoader, i: int, detections: list[dict[str, Any]]) ->
         draw_coco(image, found, classes), draw_coco(image, list(coco_annotations(sample)), classes), titles
     )  # fmt: skip
     return np.asarray(both)
+
+
+def attention_in(detector: Detector, val_set: EvalLoader, i: int, config: Config) -> Callable[[], np.ndarray | None]:
+    """What draws where the most certain query of image i looks: uint8 (H, W, 3), or None as for `picture_of`.
+
+    Collective: every rank runs the detector on the same image.
+    """
+    try:
+        image = decode(val_set.source.read(i)[0])
+    except InputError:
+        return lambda: None
+    classes = val_set.manifest.classes
+    found = look_inside(detector, image, config, classes)
+    return lambda: np.asarray(draw_attention(image, found[0], classes)) if found else None
 
 
 def every(interval: int, count: int) -> bool:

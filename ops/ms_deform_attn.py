@@ -124,8 +124,7 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError: an argument does not fit; names it, what was found and what was expected.
         """
-        M, L, P = self.num_heads, self.num_levels, self.num_points
-        D = self.value_proj.in_features
+        M, L, D = self.num_heads, self.num_levels, self.value_proj.in_features
         _check("query", query_BQD, None, B=None, Q=None, D=D)
         B, Q, _ = query_BQD.shape
         _check("memory", memory_BSD, query_BQD, B=B, S=None, D=D)
@@ -137,9 +136,27 @@ class MSDeformAttn(nn.Module):
             _check_mask(padding_mask_BS, memory_BSD)
             value_BSD = value_BSD.masked_fill(padding_mask_BS[..., None], 0)
         value_BSME = value_BSD.unflatten(-1, (M, D // M))
-        offsets_xy = self.sampling_offsets(query_BQD).view(B, Q, M, L, P, 2)
-        logits = self.attention_weights(query_BQD).view(B, Q, M, L * P)
-        return self.output_proj(fused_ms_deform_attn(value_BSME, spatial_shapes, references_BQLN, offsets_xy, logits))
+        wanted = self._offsets_and_logits(query_BQD)
+        return self.output_proj(fused_ms_deform_attn(value_BSME, spatial_shapes, references_BQLN, *wanted))
+
+    def sampling(
+        self, query_BQD: Tensor, references_BQLN: Tensor, spatial_shapes: SpatialShapes
+    ) -> tuple[Tensor, Tensor]:
+        """Where `forward` looks, and with what weights, of the same arguments: to be shown, not trained on.
+
+        Returns:
+            The sampling_locations (B, Q, M, L, P, 2) and attention_weights (B, Q, M, L, P) of `ms_deform_attn`,
+            float32 (float64 when the query is).
+        """
+        offsets_xy, logits = self._offsets_and_logits(query_BQD)
+        dtype = reference.compute_dtype(query_BQD)
+        return reference.sampling(references_BQLN, offsets_xy, logits, spatial_shapes, dtype)
+
+    def _offsets_and_logits(self, query_BQD: Tensor) -> tuple[Tensor, Tensor]:
+        """sampling_offsets (B, Q, M, L, P, 2) and attention_logits (B, Q, M, L*P) of `fused_ms_deform_attn`."""
+        M, L, P = self.num_heads, self.num_levels, self.num_points
+        offsets_xy = self.sampling_offsets(query_BQD).unflatten(-1, (M, L, P, 2))
+        return offsets_xy, self.attention_weights(query_BQD).unflatten(-1, (M, L * P))
 
     def _star(self) -> Tensor:
         """Offsets (M*L*P*2): M directions, a circle stretched to a square, times 1..P, at every level."""

@@ -53,11 +53,21 @@ def fused_ms_deform_attn(
     attention_logits: Tensor,
 ) -> Tensor:
     """`ms_deform_attn` with the sampling locations and the softmax over levels and points computed here."""
-    dtype = compute_dtype(value)
-    with torch.autocast(value.device.type, enabled=False):
+    sampled = sampling(reference_points, sampling_offsets, attention_logits, spatial_shapes, compute_dtype(value))
+    return ms_deform_attn(value, spatial_shapes, *sampled)
+
+
+def sampling(
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    spatial_shapes: SpatialShapes,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Where to sample and how much each sample counts: sampling_locations, attention_weights of `ms_deform_attn`."""
+    with torch.autocast(reference_points.device.type, enabled=False):
         locations = sampling_locations(reference_points.to(dtype), sampling_offsets.to(dtype), spatial_shapes)
-        weights = attention_logits.to(dtype).softmax(dim=-1).reshape(locations.shape[:-1])
-        return ms_deform_attn(value, spatial_shapes, locations, weights)
+        return locations, attention_logits.to(dtype).softmax(dim=-1).reshape(locations.shape[:-1])
 
 
 def sampling_locations(references_BQLN: Tensor, offsets_xy_BQMLP2: Tensor, spatial_shapes: SpatialShapes) -> Tensor:

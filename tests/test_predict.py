@@ -14,6 +14,7 @@ from framework.errors import UsageError
 from framework.tracking.pictures import colour_of
 from framework.trained import Trained
 from tests.colours import FindsColours, painted
+from tests.evaluation.test_attention import CLASSES, DETR, made
 
 
 @pytest.fixture
@@ -107,6 +108,66 @@ def test_misuse(model, tmp_path, monkeypatch, arguments, message):
     with pytest.raises(UsageError, match=message):
         predict.main([*arguments, "a.png", "--run", "unused", "--out", "out"])
     assert not (tmp_path / "out").exists()
+
+
+def with_layers(monkeypatch, *overrides):
+    """An untrained detector, which finds something everywhere at a score of 0."""
+    trained = Trained(*made("model.decoder_layers=3", *overrides), CLASSES, Path("unused"))
+    monkeypatch.setattr(predict, "load_trained", lambda args, overrides: trained)
+
+
+def pictures(tmp_path):
+    return sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize("overrides", [[], DETR])
+def test_attention_is_drawn_for_the_most_certain_object(tmp_path, monkeypatch, overrides):
+    with_layers(monkeypatch, *overrides)
+    painted((120, 90), (10, 10, 60, 60)).save(tmp_path / "a.png")
+    painted((60, 90), (10, 10, 40, 60)).save(tmp_path / "b.png")
+    code, found = run(tmp_path, tmp_path / "a.png", tmp_path / "b.png", "--attention", "--score", "0")
+    best = [next(one["query"] for one in found if one["image_id"] == image_id) for image_id in (0, 1)]
+    assert code == 0 and pictures(tmp_path) == [
+        "00000_a.png", f"00000_a_query{best[0]}.png", "00001_b.png", f"00001_b_query{best[1]}.png"
+    ]  # fmt: skip
+    figure = np.asarray(Image.open(tmp_path / "out" / f"00000_a_query{best[0]}.png"))
+    assert (figure.shape[1] > 2000) == (not overrides)  # a column for each level and one for all
+
+
+def test_attention_of_chosen_queries_in_a_chosen_layer(tmp_path, monkeypatch):
+    with_layers(monkeypatch)
+    painted((120, 90), (10, 10, 60, 60)).save(tmp_path / "a.png")
+    both = [tmp_path / "a.png", "--attention", "--query", "5", "--query", "0"]
+    assert run(tmp_path, *both, "--score", "1")[1] == []  # chosen ones need no score
+    assert pictures(tmp_path) == ["00000_a.png", "00000_a_query0.png", "00000_a_query5.png"]
+    last = Image.open(tmp_path / "out" / "00000_a_query5.png")
+    run(tmp_path, *both, "--layer", "2")
+    again = Image.open(tmp_path / "out" / "00000_a_query5.png")
+    assert again.height < 0.6 * last.height  # the encoder has one layer: no row of it
+
+
+def test_no_object_no_attention_and_it_says_so(tmp_path, monkeypatch, capsys):
+    with_layers(monkeypatch)
+    painted((120, 90), (10, 10, 60, 60)).save(tmp_path / "a.png")
+    assert run(tmp_path, tmp_path / "a.png", "--attention", "--score", "0.999") == (0, [])
+    assert pictures(tmp_path) == ["00000_a.png"]
+    assert "a: no box with a score of 0.999 or more, so no attention is drawn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--attention", "--query", "6"], "--query 6: expected 0 to 5"),
+    (["--attention", "--query", "-1"], "--query -1: expected 0 to 5"),
+    (["--attention", "--layer", "9"], "--layer 9: expected 1 to 3 (layers of the encoder: 1, of the decoder: 3)"),
+    (["--attention", "--layer", "0"], "--layer 0: expected 1 to 3"),
+    (["--query", "2"], "--query: chooses what --attention draws; expected --attention too"),
+    (["--layer", "2"], "--layer: chooses what --attention draws"),
+])  # fmt: skip
+def test_misuse_of_attention(tmp_path, monkeypatch, arguments, message):
+    with_layers(monkeypatch)
+    painted((120, 90), (10, 10, 60, 60)).save(tmp_path / "a.png")
+    with pytest.raises(UsageError) as error:
+        run(tmp_path, tmp_path / "a.png", *arguments)
+    assert str(error.value).startswith(message) and not (tmp_path / "out").exists()
 
 
 def test_out_must_be_a_folder(model, tmp_path):

@@ -68,14 +68,14 @@ def lines(run: Path) -> dict[int, dict[str, float]]:
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
-    result = launch(data, run)
+    result = launch(data, run, "tracking.attention=1")
     assert result.returncode == 0, result.stderr
     return run
 
 
 @pytest.fixture(scope="module")
 def resumed(data, tmp_path_factory):
-    """Stopped after 5 of 6 steps, in the middle of the second epoch, then taken up again."""
+    """Stopped after 5 of 6 steps, in the middle of the second epoch, then taken up again. Draws no attention."""
     run = tmp_path_factory.mktemp("runs") / "resumed"
     for limit in ("train.max_steps=5", "train.max_steps=null"):
         result = launch(data, run, limit)
@@ -93,7 +93,9 @@ def test_a_run_leaves_what_it_promises(whole):
     events = EventAccumulator(str(whole / "tensorboard"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     assert {"loss/total", "val/AP", "val/APs", "epoch", "images_seen"} <= set(tags["scalars"])
-    assert [s.step for s in events.Scalars("val/AP")] == [3, 6] and tags["images"] == ["predictions/0", "predictions/1"]
+    assert [s.step for s in events.Scalars("val/AP")] == [3, 6]
+    assert sorted(tags["images"]) == ["attention/0", "predictions/0", "predictions/1"]
+    assert [s.step for s in events.Images("attention/0")] == [3, 6]
     numbers = json.loads((whole / "evaluation/step-00000006.json").read_text())
     assert set(METRICS) <= set(numbers)
     assert {p.name for p in (whole / "checkpoints").iterdir()} == {"step-00000004", "step-00000006"}

@@ -165,6 +165,13 @@ def augment(data: bytes, sample: Sample, geometry_of: Callable[[Sample], Geometr
     )
 
 
+def evaluation_example(image: Image.Image, image_id: int, sizes: Sequence[int], max_size: int) -> Example:
+    """An image without annotations, resized as for evaluation."""
+    size_hw = (image.height, image.width)
+    resized = warp_image(image, evaluation_geometry(size_hw, max(sizes), max_size))
+    return Example(np.asarray(resized), image_id, size_hw)
+
+
 def _annotations(sample: Sample, labels: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         boxes_xyxy_px_N4 = np.array(sample.boxes_xyxy_px, dtype=np.float64).reshape(-1, 4)

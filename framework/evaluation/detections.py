@@ -19,13 +19,14 @@ from framework.models.detector import Predictions
 class Detections:
     """What one image shows, highest score first, on the CPU.
 
-    scores_T: float32 in [0, 1]. labels_T: int64, the model's class indices.
+    scores_T: float32 in [0, 1]. labels_T: int64, the model's class indices. queries_T: int64, who found it.
     boxes_xyxy_px_T4: float32 pixels of the original image; a box may stick out of it, as published.
     """
 
     scores_T: Tensor
     labels_T: Tensor
     boxes_xyxy_px_T4: Tensor
+    queries_T: Tensor
 
 
 def top_detections(
@@ -41,18 +42,25 @@ def top_detections(
 
     Source: post-processing of Zhu et al. 2021 (top 100 of queries x classes) and of Carion et al. 2020.
     """
-    logits_BQC, boxes_BQ4 = predictions.logits_KBQC[-1].float(), predictions.boxes_KBQ4[-1].float()
+    boxes_BQ4 = predictions.boxes_KBQ4[-1].float()
+    scores_BQC = class_scores(predictions.logits_KBQC[-1], classification)
     if classification == "focal":
-        num_classes = logits_BQC.shape[-1]
-        scores_BT, pair_BT = _best(logits_BQC.sigmoid().flatten(1), limit)
+        num_classes = scores_BQC.shape[-1]
+        scores_BT, pair_BT = _best(scores_BQC.flatten(1), limit)
         query_BT, labels_BT = pair_BT // num_classes, pair_BT % num_classes
     else:
-        scores_BQ, labels_BQ = logits_BQC.softmax(-1)[..., :-1].max(-1)
+        scores_BQ, labels_BQ = scores_BQC.max(-1)
         scores_BT, query_BT = _best(scores_BQ, limit)
         labels_BT = labels_BQ.gather(1, query_BT)
     scale_B14 = boxes_BQ4.new_tensor([[w, h, w, h] for h, w in original_sizes_hw])[:, None]
     boxes_BT4 = cxcywh_to_xyxy(boxes_BQ4.gather(1, query_BT[..., None].expand(-1, -1, 4))) * scale_B14
-    return [Detections(*one) for one in zip(scores_BT.cpu(), labels_BT.cpu(), boxes_BT4.cpu(), strict=True)]
+    columns = (scores_BT.cpu(), labels_BT.cpu(), boxes_BT4.cpu(), query_BT.cpu())
+    return [Detections(*one) for one in zip(*columns, strict=True)]
+
+
+def class_scores(logits: Tensor, classification: Literal["focal", "softmax"]) -> Tensor:
+    """The score (..., C) of each class, float32; no-object is left out."""
+    return logits.float().sigmoid() if classification == "focal" else logits.float().softmax(-1)[..., :-1]
 
 
 def _best(scores_BN: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +77,7 @@ def category_ids(classes: Sequence[Category], labels: str) -> dict[int, int]:
 
 
 def to_coco(detections: Detections, image_id: int, ids: dict[int, int]) -> list[dict[str, Any]]:
-    """COCO's result format: image_id, category_id, bbox as x, y, width, height in pixels, score.
+    """COCO's result format: image_id, category_id, bbox as x, y, width, height in pixels, score; and the query.
 
     Left out: labels without a category (COCO's 91 logits hold 80 classes; cocoapi ignores them too), and
     numbers that are not finite, which a model that diverged puts out and JSON cannot hold.
@@ -78,11 +86,18 @@ def to_coco(detections: Detections, image_id: int, ids: dict[int, int]) -> list[
         detections.scores_T.tolist(),
         detections.labels_T.tolist(),
         detections.boxes_xyxy_px_T4.tolist(),
+        detections.queries_T.tolist(),
         strict=True,
     )
     return [
-        {"image_id": image_id, "category_id": ids[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
-        for score, label, (x1, y1, x2, y2) in rows
+        {
+            "image_id": image_id,
+            "category_id": ids[label],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+            "query": query,
+        }
+        for score, label, (x1, y1, x2, y2), query in rows
         if label in ids and all(map(math.isfinite, (score, x1, y1, x2, y2)))
     ]
 

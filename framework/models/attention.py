@@ -2,7 +2,8 @@
 
 Both kinds take the same arguments, so that encoder and decoder do not know which one they hold.
 
-# B image, L level, S = sum of H*W over levels, Q query, D model width, n = 2 (x, y) or 4 (cx, cy, w, h)
+# B image, L level, S = sum of H*W over levels, Q query, D model width, M head, P point,
+# n = 2 (x, y) or 4 (cx, cy, w, h)
 """
 
 from dataclasses import dataclass
@@ -48,9 +49,14 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query_BQD: Tensor, references_BQn: Tensor, tokens_BSD: Tensor, pyramid: Pyramid) -> Tensor:
         """query already holds its position; references are fractions of the unpadded image. Returns (B, Q, D)."""
-        ratios = pyramid.valid_ratios_BL2.repeat(1, 1, references_BQn.shape[-1] // 2)
-        references_BQLn = references_BQn[:, :, None] * ratios[:, None]
+        references_BQLn = _on_padded_maps(references_BQn, pyramid)
         return self.sample(query_BQD, references_BQLn, tokens_BSD, pyramid.shapes_hw, pyramid.padding_BS)
+
+    def looks(self, query_BQD: Tensor, references_BQn: Tensor, tokens_BSD: Tensor,
+              pyramid: Pyramid) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Where `forward` looks: points (B, Q, M, L, P, 2: x, y, fractions of the padded maps) and their weights
+        (B, Q, M, L, P), whose sum over L and P is 1; float32."""
+        return self.sample.sampling(query_BQD, _on_padded_maps(references_BQn, pyramid), pyramid.shapes_hw)
 
 
 class DenseAttention(nn.Module):
@@ -64,3 +70,18 @@ class DenseAttention(nn.Module):
         """query already holds its position. Returns (B, Q, D)."""
         key_BSD = tokens_BSD + pyramid.position_BSD
         return self.attend(query_BQD, key_BSD, tokens_BSD, key_padding_mask=pyramid.padding_BS, need_weights=False)[0]
+
+    def looks(self, query_BQD: Tensor, references_BQn: Tensor | None, tokens_BSD: Tensor,
+              pyramid: Pyramid) -> tuple[None, Tensor]:  # fmt: skip
+        """How `forward` weighs every token of the one level: no points, and weights (B, Q, M, 1, S), float32, whose
+        sum over S is 1. While training they are those after dropout."""
+        key_BSD = tokens_BSD + pyramid.position_BSD
+        weights_BMQS = self.attend(query_BQD, key_BSD, tokens_BSD, key_padding_mask=pyramid.padding_BS,
+                                   need_weights=True, average_attn_weights=False)[1]  # fmt: skip
+        return None, weights_BMQS.transpose(1, 2)[:, :, :, None].float()
+
+
+def _on_padded_maps(references_BQn: Tensor, pyramid: Pyramid) -> Tensor:
+    """(B, Q, L, n): the references as fractions of each level's padded map."""
+    ratios = pyramid.valid_ratios_BL2.repeat(1, 1, references_BQn.shape[-1] // 2)
+    return references_BQn[:, :, None] * ratios[:, None]

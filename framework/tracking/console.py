@@ -20,16 +20,21 @@ logger = logging.getLogger("tenfold")
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """log_every: optimizer steps between two records. pictures: images drawn at each evaluation."""
+    """log_every: optimizer steps between two records. pictures: images drawn at each evaluation.
+
+    attention: images of which it is drawn, too, what their most certain query looks at (`attention/<i>`).
+    """
 
     log_every: int = 50
     pictures: int = 4
+    attention: int = 0
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise UsageError(f"tracking.log_every is {self.log_every}, expected steps of 1 or more")
-        if self.pictures < 0:
-            raise UsageError(f"tracking.pictures is {self.pictures}, expected 0 or more")
+        for key in ("pictures", "attention"):
+            if getattr(self, key) < 0:
+                raise UsageError(f"tracking.{key} is {getattr(self, key)}, expected 0 or more")
 
 
 class _Console(logging.Handler):

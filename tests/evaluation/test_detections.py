@@ -50,7 +50,7 @@ def test_focal_takes_a_query_under_several_classes():
         predictions([[2.0, 0.0, 1.0], [-9.0, -9.0, 3.0]], [[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0]]),
         [(100, 200)], "focal", limit=3,
     )  # fmt: skip
-    assert one.labels_T.tolist() == [2, 0, 2]
+    assert one.labels_T.tolist() == [2, 0, 2] and one.queries_T.tolist() == [1, 0, 0]
     assert one.scores_T.tolist() == pytest.approx([1 / (1 + math.exp(-x)) for x in (3, 2, 1)])
     expected = [[0.0, 0.0, 100.0, 100.0], [80.0, 30.0, 120.0, 70.0], [80.0, 30.0, 120.0, 70.0]]
     torch.testing.assert_close(one.boxes_xyxy_px_T4, torch.tensor(expected), atol=1e-4, rtol=0)
@@ -63,7 +63,7 @@ def test_softmax_leaves_no_object_out():
         "softmax",
         limit=100,
     )
-    assert one.labels_T.tolist() == [1, 0]
+    assert one.labels_T.tolist() == [1, 0] and one.queries_T.tolist() == [1, 0]
     assert one.scores_T.tolist() == pytest.approx([
         math.exp(2) / (math.exp(2) + 2), math.exp(1) / (math.exp(1) + 1 + math.exp(5))
     ])  # fmt: skip
@@ -82,17 +82,18 @@ CLASSES = [Category("disc", 3), Category("ring", 7)]
 
 @pytest.mark.parametrize("labels, expected", [("contiguous", [7, 3]), ("category_id", [3])])
 def test_categories_follow_the_labels_setting(labels, expected):
-    found = Detections(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 0, 3, 8]), torch.zeros(4, 4))
+    found = Detections(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 0, 3, 8]), torch.zeros(4, 4),
+                       torch.arange(4))  # fmt: skip
     assert [row["category_id"] for row in to_coco(found, 5, category_ids(CLASSES, labels))] == expected
 
 
 def test_result_rows_are_coco_and_json():
     found = Detections(
         torch.tensor([0.75, math.nan, 0.5]), torch.tensor([0, 0, 1]),
-        torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0], [math.inf, 0.0, 0.0, 0.0]]),
+        torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0], [math.inf, 0.0, 0.0, 0.0]]), torch.tensor([9, 0, 1]),
     )  # fmt: skip
     rows = to_coco(found, 42, category_ids(CLASSES, "contiguous"))
-    assert rows == [{"image_id": 42, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.75}]
+    assert rows == [{"image_id": 42, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.75, "query": 9}]
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
 
 

@@ -92,7 +92,8 @@ def test_quiet_ranks_draw_no_bar(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("values, message", [({"log_every": 0}, "tracking.log_every is 0"),
-                                             ({"pictures": -1}, "tracking.pictures is -1")])  # fmt: skip
+                                             ({"pictures": -1}, "tracking.pictures is -1"),
+                                             ({"attention": -1}, "tracking.attention is -1")])  # fmt: skip
 def test_impossible_values_are_refused(values, message):
     with pytest.raises(UsageError, match=message):
         TrackingConfig(**values)
