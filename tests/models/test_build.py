@@ -11,6 +11,7 @@ from framework.models.backbone import BackboneConfig, FrozenBatchNorm2d, ResNet,
 from framework.models.build import ModelConfig, build_detector
 from framework.models.decoder import BoxHead
 from framework.models.position import sine_position
+from framework.models.weights import load_published, to_published
 
 SMALL = dict(width=64, num_heads=4, encoder_layers=2, decoder_layers=2, ffn_width=96, num_queries=9, num_classes=3,
              dropout=0.0, backbone=BackboneConfig("resnet18", norm="group"))  # fmt: skip
@@ -60,6 +61,30 @@ def test_shapes_and_gradients_reach_every_parameter(kind, images):
     loss.backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(num_feature_levels=2, num_points=3, num_heads=1, width=96),
+        dict(num_feature_levels=6, num_points=1, num_heads=16, num_queries=1, num_classes=1),
+        dict(encoder_layers=0, decoder_layers=1, queries="proposals", refine_boxes=True, num_queries=2),
+        dict(encoder_layers=1, decoder_layers=4, ffn_width=7, backbone=BackboneConfig("resnet34", norm="group")),
+        dict(KINDS["detr"], num_heads=1, width=96, encoder_layers=0, num_queries=1),
+        dict(backbone=BackboneConfig("resnet101", dilation=True)),
+    ],
+    ids=str,
+)
+def test_any_sizes(changes, images):
+    sizes = SMALL | changes
+    torch.manual_seed(0)
+    model = build_detector(ModelConfig(**sizes)).eval()
+    with torch.no_grad():
+        out = model(images, torch.zeros(2, 96, 128, dtype=torch.bool))
+    logits = sizes["num_classes"] + (sizes.get("classification") == "softmax")
+    assert out.logits_KBQC.shape == (sizes["decoder_layers"], 2, sizes["num_queries"], logits)
+    assert out.boxes_KBQ4.isfinite().all() and (out.proposals is None) == ("queries" not in sizes)
+    assert load_published(build_detector(ModelConfig(**sizes)), to_published(model)).exact
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "two_stage"])  # whose ranking may swap queries

@@ -23,7 +23,9 @@ TINY = dict(width=32, num_heads=2, encoder_layers=1, decoder_layers=2, ffn_width
             num_feature_levels=2, backbone=BackboneConfig("resnet18"))  # fmt: skip
 KINDS = {
     "base": {},
+    "box_refine": dict(refine_boxes=True),
     "two_stage": dict(refine_boxes=True, queries="proposals"),
+    "single_scale": dict(num_feature_levels=1),
     "detr": dict(num_feature_levels=1, attention="dense", classification="softmax"),
 }
 
