@@ -32,7 +32,7 @@ EXAMPLE = """examples:
       --out shards/coco-val
   python -m data_tools.convert --images data/shapes/images --annotations data/shapes/annotations --out shards/shapes
   python -m data_tools.convert --format voc --images VOC2007/JPEGImages --annotations VOC2007/Annotations \\
-      --classes voc.names --out shards/voc
+      --split VOC2007/ImageSets/Main/train.txt --classes voc.names --out shards/voc/train
   python -m data_tools.convert --format yolo --images fish/images/val --annotations fish/labels/val \\
       --classes fish/data.yaml --out shards/fish/val
 
@@ -41,8 +41,9 @@ coco: with a folder of annotations its instances_train.json and instances_val.js
 voc: a folder of XML files, one an image, which is found by its <filename>, or else by the name of the XML file.
 Pixels count from 1 and the last is inside, as in the VOC devkit: x1 y1 x2 y2 = xmin - 1, ymin - 1, xmax, ymax. Boxes
 of tools that count from 0 come out up to a pixel too far left and up; an xmin or ymin of 0 is clipped and counted.
-Difficult objects are kept as ordinary ones. Classes are those that occur, sorted by name, unless --classes lists them:
-give it for train and val, so that both have the same. Category ids are 1, 2, ... in their order.
+Difficult objects are kept as ordinary ones. An image without an XML file is left out, which is told. Classes are those
+that occur, sorted by name, unless --classes lists them: give it for train and val, so that both have the same.
+Category ids are 1, 2, ... in their order.
 
 yolo: a folder of .txt files named like the images, 'class cx cy w h' in fractions of the image. An image without such
 a file is one without objects. Class names come from --classes, or else from the nearest classes.txt or data.yaml, in
@@ -96,6 +97,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="class names of voc and yolo: one a line, or YOLO's data.yaml"
     )
+    parser.add_argument(
+        "--split",
+        type=Path,
+        metavar="FILE",
+        help="voc: read the XML files listed there only (ImageSets/Main/train.txt)",
+    )
     parser.add_argument("--shard-mib", type=int, default=256, help="most MiB of a shard (256)")
     parser.add_argument(
         "--verify", choices=["decode", "none"], default="decode", help="decode every image, or trust it (decode)"
@@ -113,7 +120,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def refuse_other_format(args: argparse.Namespace) -> None:
-    """Raises UsageError when --annotations or --classes do not go with --format."""
+    """Raises UsageError when --annotations, --classes or --split do not go with --format."""
+    if args.split and args.format != "voc":
+        raise UsageError(f"--split {args.split}: read with --format voc only, found --format {args.format}")
+    if args.split and not args.split.is_file():
+        raise UsageError(f"--split {args.split}: not a file; expected a list of names like ImageSets/Main/train.txt")
     if args.format == "coco" and args.classes:
         raise UsageError(f"--classes {args.classes}: COCO's file names its classes itself; leave --classes out")
     if args.format != "coco" and not args.annotations.is_dir():
@@ -141,8 +152,10 @@ def annotation_files(path: Path) -> dict[str, Path]:
 def read_set(path: Path, args: argparse.Namespace) -> DataSet:
     if args.format == "coco":
         return read_coco(path, args.drop_bad_boxes)
-    read = read_voc if args.format == "voc" else read_yolo
-    return read(path, args.images, read_names(args.classes) if args.classes else None, args.drop_bad_boxes)
+    names = read_names(args.classes) if args.classes else None
+    if args.format == "voc":
+        return read_voc(path, args.images, names, args.drop_bad_boxes, args.split)
+    return read_yolo(path, args.images, names, args.drop_bad_boxes)
 
 
 def refuse_unfinished(out: Path, names: Iterable[str]) -> None:

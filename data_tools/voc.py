@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 from data_tools.annotations import Box, DataSet, Fault, check_has_pixels, new_sample, short
 from data_tools.classes import numbered
 from data_tools.files import IMAGE_SUFFIXES, by_stem, files_in, read_text
+from framework.errors import InputError
 
 DIFFICULT = "difficult object kept as an ordinary one"
 FROM_0 = "box with xmin or ymin 0, where VOC counts from 1"
@@ -46,14 +47,26 @@ class _Annotation:
     objects: list[_Object]
 
 
-def read_voc(path: Path, images: Path, names: list[str] | None = None, drop_bad_boxes: bool = False) -> DataSet:
+def read_voc(
+    path: Path,
+    images: Path,
+    names: list[str] | None = None,
+    drop_bad_boxes: bool = False,
+    split: Path | None = None,
+) -> DataSet:
     """Read a folder of XML files; names: of the classes in their order, None takes those there are, sorted.
+
+    split: a file with the stems of the XML files to read, one a line (VOC's ImageSets/Main/train.txt); None: all.
 
     Raises:
         UsageError: the folder holds no XML files, or some in folders below.
+        InputError: the split is not such a file.
     """
     data = DataSet(path, drop_bad_boxes)
-    annotations = _read_files(data, files_in(path, [".xml"], "--annotations"), images)
+    files = files_in(path, [".xml"], "--annotations")
+    annotations = _read_files(data, files if split is None else _of_split(data, files, split), images)
+    if split is None:
+        _tell_unread(data, images, {one.image for one in annotations})
     found = {thing.name for one in annotations for thing in one.objects}
     data.classes.extend(numbered(sorted(found) if names is None else names))
     label_of = {category.name: label for label, category in enumerate(data.classes)}
@@ -66,6 +79,32 @@ def read_voc(path: Path, images: Path, names: list[str] | None = None, drop_bad_
                 _count_oddities(data, thing)
     data.refuse_empty()
     return data
+
+
+def _of_split(data: DataSet, files: list[Path], split: Path) -> list[Path]:
+    """The files of the split; one that there is not is a fault."""
+    try:
+        stems = [line.strip() for line in read_text(split).split("\n") if line.strip()]
+    except Fault as fault:
+        raise InputError(f"{split}: {fault}") from None
+    columns = next((line for line in stems if len(line.split()) > 1), None)
+    if columns:
+        raise InputError(
+            f"{split}: has the line {short(columns)}, expected one name of an XML file, without .xml, a line"
+        )
+    known = {file.stem: file for file in files}
+    for stem in stems:
+        with data.collecting(f"{split}:"):
+            if stem not in known:
+                raise Fault(f"names {short(stem)}, and --annotations {data.path} has no {stem}.xml")
+    return [known[stem] for stem in dict.fromkeys(stems) if stem in known]
+
+
+def _tell_unread(data: DataSet, images: Path, read: set[str]) -> None:
+    """Images that no XML file is about: other than in YOLO, these are not images without objects."""
+    left = [path.name for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name not in read]
+    if left:
+        data.dropped.append(f"{images}: {len(left)} image(s) without an XML file, {min(left)} the first")
 
 
 def _read_files(data: DataSet, files: list[Path], images: Path) -> list[_Annotation]:

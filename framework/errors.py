@@ -48,7 +48,8 @@ def leave(code: int) -> NoReturn:
     """End this process once everything registered for its exit is done, but without Python's own teardown.
 
     During that teardown a process with gloo's threads was now and then aborted ("terminate called without an active
-    exception"), with its work done: a thread that asks for the interpreter then is ended by force.
+    exception"), with its work done: a thread that asks for the interpreter then is ended by force. Threads that
+    still have work to do have to be joined before, or by a function registered with atexit.
     """
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):  # nobody reads any more

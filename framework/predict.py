@@ -150,7 +150,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--query", type=int, action="append", metavar="Q", help="for this query instead, whatever its score; may be "
         "repeated (detections.json names the query of each box)",
     )  # fmt: skip
-    looks.add_argument("--layer", type=int, metavar="K", help="in this layer, from 1 (default: the last)")
+    looks.add_argument(
+        "--layer",
+        type=int,
+        metavar="K",
+        help="in this layer, from 1, of those parts that have it (default: the last of each)",
+    )
     args = parser.parse_intermixed_args(argv)
     for flag in ("query", "layer"):
         if getattr(args, flag) is not None and not args.attention:

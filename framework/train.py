@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.manual_seed(config.train.seed)
     detector = build_detector(config.model)
-    start = load_start_weights(detector, config) if last is None else checkpoint.read_state(last)["start_weights"]
+    start = load_start_weights(detector, config) if last is None else checkpoint.read_state(last).get("start_weights")
     if config.engine.activation_checkpointing:
         detector.recompute_activations()
     optimizer = build_optimizer(detector.to(ranks.device), config.optim, ranks.device)
@@ -189,18 +189,26 @@ def with_num_classes(config: Config, train_set: TrainLoader) -> Config:
 
 
 def load_start_weights(detector: Detector, config: Config) -> dict[str, Any] | None:
-    """What a fresh run starts from, for the record: a checkpoint to fine-tune, an ImageNet backbone, or neither."""
-    if config.model.init:
-        report = load_published(detector, config.model.init, strict=False, expected="detector")
-        if config.model.backbone.norm == "frozen" and any("running_var" in name for name in report.missing):
-            raise InputError(f"model.init, model.backbone.norm: {config.model.init} has no statistics for the frozen "
-                             "batch norm; its backbone was trained with model.backbone.norm=group")  # fmt: skip
-    elif config.model.backbone.weights:
-        if not Path(config.model.backbone.weights).is_file():
-            raise UsageError(f"model.backbone.weights: {config.model.backbone.weights} is not there; the README says "
-                             "how to get it (Training on COCO); from scratch: model.backbone.norm=group "
+    """What a fresh run starts from, for the record: a checkpoint to fine-tune, an ImageNet backbone, or neither.
+
+    model.init brings a backbone: with it model.backbone.weights is not read.
+    """
+    model = config.model
+    if model.init:
+        if not Path(model.init).exists():
+            raise UsageError(f"model.init: {model.init} is not there; docs/finetune.md says where published ones are; "
+                             "to start from something else: model.init=null")  # fmt: skip
+        report = load_published(detector, model.init, strict=False, expected="detector")
+        unfit = [*report.missing, *report.misshapen, *report.unexpected]
+        if model.backbone.norm == "frozen" and any(name.startswith("backbone.") for name in unfit):
+            raise InputError(f"model.init: the backbone in {model.init} is another one, and a frozen one cannot learn "
+                             f"what does not fit: {'; '.join(report.settings)}")  # fmt: skip
+    elif model.backbone.weights:
+        if not Path(model.backbone.weights).is_file():
+            raise UsageError(f"model.backbone.weights: {model.backbone.weights} is not there; the README says how to "
+                             "get it (Training on COCO); from scratch: model.backbone.norm=group "
                              "model.backbone.weights=null")  # fmt: skip
-        report = load_published(detector, config.model.backbone.weights, expected="backbone")
+        report = load_published(detector, model.backbone.weights, expected="backbone")
     else:
         return None
     return {"file": report.source, "sha256": report.sha256, "tensors": len(report.loaded), "report": report.lines()}

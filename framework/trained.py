@@ -53,6 +53,9 @@ def load_trained(args: argparse.Namespace, overrides: list[str], data: str | Non
         weights, config = _of_run(Path(args.run), overrides)
     else:
         weights = Path(args.weights)
+        if not weights.exists():
+            raise UsageError(f"--weights {weights}: no such file; expected a .pth or .safetensors file, "
+                             "or a checkpoint folder")  # fmt: skip
         # These weights stand in for the ones that a frozen backbone would otherwise miss.
         config = configuration.load(args.config, [*overrides, f"model.init={json.dumps(str(weights))}"])
     classes = _classes(weights, config, data)

@@ -15,6 +15,7 @@ from framework.engine import checkpoint
 from framework.errors import InputError, UsageError
 from framework.evaluation.coco import METRICS
 from framework.files import sha256_of
+from framework.models.backbone import FrozenBatchNorm2d, ResNet
 from tests.data.shards import CLASSES, make_sample, overwrite, write_shards
 from tests.distributed import free_port
 from tests.paths import REPOSITORY
@@ -138,6 +139,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
             "absent.pth is not there; the README says",
         ),
         (["model.num_classes=2"], "model.num_classes: found 2, but"),
+        (["train.run_dir={other}/new", "model.init=absent.pth"], "model.init: absent.pth is not there"),
     ],
 )
 def test_what_is_refused_changes_nothing(data, whole, overrides, message, tmp_path):
@@ -226,11 +228,18 @@ def test_start_weights_of_the_wrong_kind(data, whole, tmp_path):
                 for name, tensor in checkpoint.read_weights(checkpoint.newest(whole)).items()
                 if name.startswith("backbone.")}  # fmt: skip
     torch.save(backbone, tmp_path / "resnet18.pth")
+    other = tmp_path / "resnet34.pth"
+    torch.save({"model": {f"backbone.0.body.{name}": tensor for name, tensor in
+                          ResNet("resnet34", num_maps=3, dilation=False, norm=FrozenBatchNorm2d, freeze_stem=True)
+                          .state_dict().items()}}, other)  # fmt: skip
     for overrides, message in (
         ([f"model.init={tmp_path / 'resnet18.pth'}"], "resnet18.pth: found a ResNet alone"),
         ([f"model.backbone.weights={checkpoint.newest(whole)}/weights.safetensors"], "found no torchvision ResNet"),
-        ([f"model.init={checkpoint.newest(whole)}", "model.backbone.norm=frozen"], "has no statistics for the frozen"),
-    ):
+        ([f"model.init={checkpoint.newest(whole)}", "model.backbone.norm=frozen"],
+         "is another one, .*model.backbone.norm: group in the file, frozen in the model"),
+        ([f"model.init={other}", "model.backbone.norm=frozen"],
+         "is another one, .*model.backbone.name: resnet34 in the file, resnet18 in the model"),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             train.main(arguments(data, tmp_path / "run", *overrides))
         assert not (tmp_path / "run").exists()

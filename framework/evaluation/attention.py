@@ -73,7 +73,7 @@ def look_inside(
                 ids[sorted(ids)[int(best_Q[query])]],
                 float(scores_Q[query]),
                 tuple(boxes_Q4[query].tolist()),
-                strides(batch.sizes_hw[0], recordings[0].pyramid.shapes_hw),
+                strides(detector, len(recordings[0].pyramid.shapes_hw)),
                 [look(recording, row_of(recording, query, boxes_Q4[query])) for recording in recordings],
             )
             for query in queries
@@ -86,12 +86,9 @@ def row_of(recording: Recording, query: int, box_4: Tensor) -> int:
     return query if recording.part == "decoder" else token_at(recording.pyramid, *box_4[:2].tolist())
 
 
-def strides(size_hw: tuple[int, int], shapes_hw: Sequence[tuple[int, int]]) -> list[int]:
-    """Pixels from one place of each level to the next: the powers of two that make these maps of this image."""
-    found: list[int] = []
-    for shape_hw in shapes_hw:
-        stride = 2 * found[-1] if found else 1
-        while any(-(-side // stride) > places for side, places in zip(size_hw, shape_hw, strict=True)):
-            stride *= 2
-        found.append(stride)
-    return found
+def strides(detector: Detector, levels: int) -> list[int]:
+    """Of each level: the backbone's, then each twice the one before."""
+    known: list[int] = list(detector.backbone.strides)  # type: ignore[arg-type]
+    while len(known) < levels:
+        known.append(2 * known[-1])
+    return known

@@ -5,7 +5,9 @@ several published names.
 """
 
 import argparse
+import pickletools
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,6 +23,7 @@ from framework.models.detector import Detector
 from framework.models.queries import EncoderProposals
 
 WEIGHTS_FILE = "weights.safetensors"  # of our own checkpoints
+WRAPPER = "module."  # before every name that was saved from inside DistributedDataParallel
 
 COMMON = [
     (r"backbone\.(.*)", r"backbone.0.body.\1"),
@@ -107,8 +110,8 @@ def load_published(
 
     strict=False loads what fits and lists the rest. `expected` refuses the other kind of file. Nothing is copied
     when an error is raised.
-    Raises InputError: the file is not readable without running code from it, of the other kind, or (strict) does
-    not fit.
+    Raises InputError: the file is not readable without running code from it, of the other kind, holds NaN, or
+    (strict) does not fit. Heads of dense attention show in no shape: a file of another number of them fits.
     """
     if isinstance(path_or_state_dict, dict):
         report, tensors = Report("the state dict"), path_or_state_dict
@@ -124,11 +127,12 @@ def load_published(
     report.unexpected = [name for name in tensors if name not in wanted and not re.fullmatch(ignored, name)]
     report.missing = [key for key, aliases in names.items() if not any(name in tensors for name in aliases)]
     for name in (name for name in tensors if name in wanted):
-        found, target = list(tensors[name].shape), list(own[wanted[name]].shape)
+        found, target = _shape(tensors[name]), _shape(own[wanted[name]])
         fits = found == target
         (report.loaded if fits else report.misshapen).append(
             name if fits else f"{name}: found {found}, expected {target}"
         )
+    _refuse_no_numbers(report.source, {name: tensors[name] for name in report.loaded})
     report.conflicting = _conflicting(tensors, {name: own[wanted[name]].data_ptr() for name in report.loaded})
     if report.loaded or report.misshapen:  # a file whose names mean something
         report.settings = _differing_settings(tensors, to_published(model))
@@ -201,13 +205,27 @@ def _names_for(model: Detector, tensors: dict[str, Tensor]) -> tuple[dict[str, l
     return published_names(model), r".*num_batches_tracked"
 
 
+def _shape(tensor: Tensor) -> str:
+    """[256, 64]; and what it is besides, if not dense floating-point numbers."""
+    kinds = [] if tensor.is_floating_point() else [str(tensor.dtype).removeprefix("torch.")]
+    kinds += [] if tensor.layout == torch.strided else [str(tensor.layout).removeprefix("torch.")]
+    return " ".join([*kinds, str(list(tensor.shape))])
+
+
+def _refuse_no_numbers(source: str, tensors: dict[str, Tensor]) -> None:
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"{source}: {len(broken)} tensors hold NaN or infinity: {', '.join(_together(broken))}; "
+                         "expected the weights of a training that did not diverge")  # fmt: skip
+
+
 def _conflicting(tensors: dict[str, Tensor], targets: dict[str, int]) -> list[str]:
     """Heads that the model ties and the file does not. targets: name in the file -> address in the model."""
     last = {address: name for name, address in targets.items()}
     return [
-        f"{name}: differs from {last[address]}, one tensor in the model"
+        f"{name}: not the same in all layers, one tensor in the model; the last one counts"
         for name, address in targets.items()
-        if name != last[address] and not torch.equal(tensors[name], tensors[last[address]])
+        if not torch.equal(tensors[name], tensors[last[address]])
     ]
 
 
@@ -236,6 +254,7 @@ def _settings(tensors: dict[str, Tensor]) -> dict[str, object]:
         "model.queries": "proposals" if proposals else "learned",
         "model.refine_boxes": proposals or _has(tensors, r"^transformer\.decoder\.bbox_embed|^decoder\.box_heads\.1"),
         "model.num_feature_levels": _rows(tensors, r"level_embed|level_codes\.weight") or 1,
+        "model.num_heads x model.num_points": _heads_x_points(tensors),
         "model.num_queries": _rows(tensors, r"query_embed\.weight|queries\.(embedding|position)\.weight"),
         "model.width": _rows(tensors, r"encoder\.layers\.0\.(ffn\.)?linear2\.weight"),
         "model.ffn_width": _rows(tensors, r"encoder\.layers\.0\.(ffn\.)?linear1\.weight"),
@@ -243,6 +262,12 @@ def _settings(tensors: dict[str, Tensor]) -> dict[str, object]:
         "model.decoder_layers": _count(tensors, r"decoder\.layers\.(\d+)\."),
         "model.num_classes, as class logits": _rows(tensors, r"(class_embed|decoder\.class_heads)(\.0)?\.weight"),
     }
+
+
+def _heads_x_points(tensors: dict[str, Tensor]) -> int | None:
+    """Of deformable attention; the heads of dense attention do not show in its shapes."""
+    weights = _rows(tensors, r"attention_weights\.weight")
+    return weights and weights // (_rows(tensors, r"level_embed|level_codes\.weight") or 1)
 
 
 def _has(tensors: dict[str, Tensor], pattern: str) -> bool:
@@ -283,20 +308,41 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it all
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers raise whatever damaged bytes make them stumble over
-        raise InputError(f"{path}: cannot be loaded safely, or is damaged: {_reason(error)}") from error
+        raise InputError(f"{path}: cannot be loaded safely, or is damaged: {_reason(error, path)}") from error
     found = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         what = f"the keys {', '.join(map(str, content))[:80]}" if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{path}: holds no state dict; found {what}, expected name -> tensor, or that under 'model'")
-    return found
+    wrapped = all(name.startswith(WRAPPER) for name in found)
+    return {name.removeprefix(WRAPPER): tensor for name, tensor in found.items()} if wrapped else found
 
 
-def _reason(error: Exception) -> str:
-    """One line: the global that a pickle wanted to call, or what the reader said first."""
-    refused = re.search(r"GLOBAL (\S+)", str(error))
-    if refused:
-        return f"it holds a pickle that wants {refused[1]}"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+def _reason(error: Exception, path: Path) -> str:
+    """One line: the global that a pickle wants to call, or what kind of file it is not."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    wanted = named[1] if named else _first_global(path)
+    if wanted:
+        return f"it holds a pickle that wants {wanted}"
+    first = str(error).strip().splitlines()[0][:100] if str(error).strip() else "no reason given"
+    writer = "safetensors" if path.suffix == ".safetensors" else "torch.save"
+    return f"not a file that {writer} wrote, or cut short ({first})"
+
+
+def _first_global(path: Path) -> str | None:
+    """What a bare pickle, of any protocol, imports first; None: it is no pickle, or imports nothing."""
+    strings: list[str] = []
+    try:
+        for opcode, value, _ in pickletools.genops(path.read_bytes()):
+            if opcode.name == "GLOBAL":
+                return str(value).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if isinstance(value, str):
+                strings.append(value)
+    except ValueError:
+        pass
+    return None

@@ -4,7 +4,7 @@ import pytest
 
 from data_tools import check, convert
 from data_tools.sample import Category, read_manifest
-from framework.errors import InputError
+from framework.errors import InputError, UsageError
 from tests.data_tools.sets import arguments, pixels, samples
 
 DOG = "<object><name>dog</name><difficult>0</difficult>{}</object>"
@@ -189,3 +189,40 @@ def test_all_faults_are_told_at_once(source, tmp_path):
     assert head == "4 faults, nothing was written:"
     parts = ("a.xml: object 1", "a.xml: object 2", "a.xml: has the size 0x30", "b.xml: is not XML")
     assert all(part in line for part, line in zip(parts, lines, strict=True))
+
+
+def test_a_split_reads_the_files_it_lists(source, tmp_path, capsys):
+    (source / "val.txt").write_text("b\n\n")
+    [only] = converted(source, tmp_path, "--split", str(source / "val.txt"))
+    assert (only.image_id, only.file_name) == (1, "b.jpg")
+    assert "dropped" not in capsys.readouterr().out  # the other image is of another split
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a\nc\n", "names 'c', and --annotations .* has no c.xml"),
+        (b"a 1\nb -1\n", "has the line 'a 1', expected one name of an XML file"),
+        (b"a\n\xff\n", "is not UTF-8: byte 0xff in line 2"),
+    ],
+)
+def test_splits_that_cannot_be_read(source, tmp_path, content, message):
+    (source / "val.txt").write_bytes(content)
+    with pytest.raises(InputError, match=f"val.txt: {message}"):
+        convert.main(voc(source, tmp_path, "--split", str(source / "val.txt")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_split_is_of_voc_only(source, tmp_path):
+    for more, message in (
+        (["--split", "absent.txt"], "--split absent.txt: not a file"),
+        (["--split", "absent.txt", "--format", "coco"], "--split absent.txt: read with --format voc only"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            convert.main(voc(source, tmp_path, *more))
+
+
+def test_images_without_an_xml_file_are_told(source, tmp_path, capsys):
+    (source / "Annotations" / "a.xml").unlink()
+    assert len(converted(source, tmp_path)) == 1
+    assert "1 image(s) without an XML file, a.jpg the first" in capsys.readouterr().out

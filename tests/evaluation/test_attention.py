@@ -7,7 +7,8 @@ from PIL import Image
 from data_tools.sample import Category
 from framework.config import load
 from framework.evaluation.attention import look_inside, strides
-from framework.models.build import build_detector
+from framework.models.backbone import BackboneConfig
+from framework.models.build import ModelConfig, build_detector
 from tests.models.test_build import randomise_zeros
 
 TINY = ["model.width=32", "model.num_heads=2", "model.encoder_layers=1", "model.decoder_layers=2",
@@ -66,8 +67,13 @@ def test_a_query_without_numbers_is_left_out():
     assert look_inside(*made()[:1], IMAGE, config, CLASSES, queries=[6, 2])[0].query == 2
 
 
-def test_strides():
-    assert strides((800, 1067), [(100, 134), (50, 67), (25, 34), (13, 17)]) == [8, 16, 32, 64]
-    assert strides((65, 33), [(9, 5), (5, 3), (3, 2), (2, 1)]) == [8, 16, 32, 64]
-    assert strides((40, 40), [(5, 5), (3, 3), (2, 2), (1, 1), (1, 1)]) == [8, 16, 32, 64, 128]
-    assert strides((800, 1067), [(50, 67)]) == [16] and strides((800, 1067), [(25, 34)]) == [32]
+@pytest.mark.parametrize("changes, expected", [
+    (dict(num_feature_levels=5), [8, 16, 32, 64, 128]),
+    (dict(num_feature_levels=1), [32]),
+    (dict(num_feature_levels=1, backbone=BackboneConfig("resnet18", dilation=True)), [16]),
+    (dict(num_feature_levels=4, backbone=BackboneConfig("resnet18", dilation=True)), [8, 16, 16, 32]),
+])  # fmt: skip
+def test_strides(changes, expected):
+    with torch.device("meta"):
+        model = build_detector(ModelConfig(num_classes=1, **changes))
+    assert strides(model, changes["num_feature_levels"]) == expected

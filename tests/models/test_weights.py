@@ -1,11 +1,11 @@
 """Weights in and out: every kind of file that is read, and those that are refused."""
 
 import argparse
+import os
 import pickle
 import re
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,15 +78,19 @@ class Code:
         self.path = path
 
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        return os.makedirs, (str(self.path),)
 
 
-@pytest.mark.parametrize("save", [torch.save, save_old])
-def test_code_in_a_file_does_not_run(save, tmp_path):
+def pickled(content, path, protocol):
+    path.write_bytes(pickle.dumps(content, protocol))
+
+
+@pytest.mark.parametrize("save", [torch.save, save_old, *(partial(pickled, protocol=p) for p in (0, 2, 4, 5))])
+def test_code_in_a_file_does_not_run_and_is_named(save, tmp_path, recwarn):
     file, trace = tmp_path / "evil.pth", tmp_path / "it ran"
-    save({"model": {"weight": torch.zeros(1)}, "args": Code(trace)}, file)
-    refused(file, "cannot be loaded safely, or is damaged")
-    assert not trace.exists()
+    save({"model": {"weight": 0.5}, "args": Code(trace)}, file)
+    refused(file, "cannot be loaded safely, or is damaged: it holds a pickle that wants os.makedirs")
+    assert not trace.exists() and not recwarn
     pickle.loads(pickle.dumps(Code(trace)))
     assert trace.exists()  # so it could have
 
@@ -106,7 +110,16 @@ def test_truncated_files(name, save, share, tmp_path):
     refused(path, "cannot be loaded safely, or is damaged")
 
 
+@pytest.mark.parametrize("content", [b"", b"some text", b"PK\x03\x04 a zip", bytes(range(256))])
+@pytest.mark.parametrize("suffix, writer", [("pth", "torch.save"), ("safetensors", "safetensors")])
+def test_files_of_another_kind(content, suffix, writer, tmp_path):
+    (tmp_path / f"x.{suffix}").write_bytes(content)
+    refused(tmp_path / f"x.{suffix}", f"not a file that {writer} wrote, or cut short")
+
+
 def test_files_without_a_state_dict(tmp_path):
+    torch.save({1: torch.zeros(1)}, tmp_path / "number.pth")
+    refused(tmp_path / "number.pth", "holds no state dict; found the keys 1")
     refused(tmp_path / "absent.pth", "no such file")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     refused(tmp_path / "list.pth", "holds no state dict; found list")
@@ -147,7 +160,13 @@ def test_what_does_not_fit_exactly_is_refused_and_changes_nothing():
         ({name: t for name, t in good.items() if name != "input_proj.0.0.weight"}, "1 missing: projections.0.0.weight"),
         (good | {"query_embed.bias": torch.zeros(5)}, "1 unexpected: query_embed.bias"),
         (good | {"class_embed.0.bias": torch.zeros(3)},
-         "1 conflicting: class_embed.0.bias: differs from class_embed.1.bias, one tensor in the model"),
+         "1 conflicting: class_embed.0.bias: not the same in all layers, one tensor in the model; the last one counts"),
+        (good | {"class_embed.0.bias": torch.zeros(3, dtype=torch.int32)},
+         "1 misshapen: class_embed.0.bias: found int32 [3], expected [3]"),
+        (good | {"class_embed.0.bias": torch.zeros(3, dtype=torch.complex64)},
+         "1 misshapen: class_embed.0.bias: found complex64 [3], expected [3]"),
+        (good | {"class_embed.0.bias": torch.zeros(3).to_sparse()},
+         "1 misshapen: class_embed.0.bias: found sparse_coo [3], expected [3]"),
     ):  # fmt: skip
         model = tiny()
         before = copied(model)
@@ -197,6 +216,8 @@ def changed_settings(report):
         (dict(num_queries=7), ["model.num_queries"]),
         (dict(num_feature_levels=3), ["model.num_feature_levels"]),
         (dict(ffn_width=64), ["model.ffn_width"]),
+        (dict(num_points=3), ["model.num_heads x model.num_points"]),
+        (dict(num_heads=4), ["model.num_heads x model.num_points"]),
         (dict(width=64), ["model.width"]),
         (dict(encoder_layers=2), ["model.encoder_layers"]),
         (dict(decoder_layers=1), ["model.decoder_layers"]),
@@ -252,3 +273,19 @@ def test_the_fine_tuning_config_takes_what_was_trained_on_coco(tmp_path):
         "transformer.decoder.class_embed.*.weight: found [91, 256], expected [7, 256] (7), "
         "class_embed.*.bias: found [91], expected [7] (7), and 1 more",
     ]
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    model = tiny()
+    before = copied(model)
+    broken = to_published(tiny(seed=1)) | {"query_embed.weight": torch.full((5, 64), float("nan"))}
+    with pytest.raises(InputError, match="1 tensors hold NaN or infinity: query_embed.weight; expected"):
+        load_published(model, broken, strict=False)
+    assert not differing(before, model.state_dict())
+
+
+def test_names_that_were_saved_inside_a_wrapper(tmp_path):
+    source, target = tiny(), tiny(seed=1)
+    torch.save({f"module.{name}": tensor for name, tensor in to_published(source).items()}, tmp_path / "ddp.pth")
+    assert load_published(target, tmp_path / "ddp.pth").exact
+    assert not differing(source.state_dict(), target.state_dict())
