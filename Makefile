@@ -22,7 +22,7 @@ endif
 PIP_INSTALL := '$(PYTHON)' -m pip --disable-pip-version-check -qq install
 
 .DEFAULT_GOAL := build
-.PHONY: help env build quickstart test check format bench clean
+.PHONY: help env build quickstart test check format bench gpu-report clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,11 @@ format: env  ## format the code and mend what the linter can
 bench: build  ## the figures in docs/results/ (real data is read through TENFOLD_DATA)
 	@'$(PYTHON)' -m benchmarks.flops
 	@'$(PYTHON)' -m benchmarks.real_data
+
+# PARTS="op ..."; empty: all of them
+PARTS ?=
+gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op"; offline with PYTHON=python3
+	@'$(PYTHON)' -m benchmarks.gpu_report $(if $(PARTS),--parts $(PARTS))
 
 clean:  ## remove the environment, what was built, caches; runs/ and data/ stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

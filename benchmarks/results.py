@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 
 
 def write(name: str, title: str, part: str, result: dict[str, Any], command: str) -> None:
-    """Replace the section `part` of the results `name`, stamped with command, date, commit and machine.
+    """Replace the section `part` of the results `name`, stamped with command, date, commit, machine.
 
     In `result`, a value that is a list of dicts becomes a table of its own.
     """
@@ -22,12 +24,39 @@ def write(name: str, title: str, part: str, result: dict[str, Any], command: str
     everything[part] = result | {
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "commit": subprocess.check_output(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, text=True).strip(),
-        "machine": f"{platform.machine()}, CPU, {len(os.sched_getaffinity(0))} cores",
+        "commit": commit(),
+        "machine": machine(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(everything, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(title, everything))
+
+
+def commit() -> str:
+    """With + where the tree is changed; where there is no .git, what TENFOLD_COMMIT says."""
+    git = ["git", "describe", "--always", "--dirty=+"]
+    found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    return os.environ.get("TENFOLD_COMMIT", "unknown") if found.returncode else found.stdout.strip()
+
+
+def machine() -> str:
+    cores = f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}"
+    return f"{cores}; {gpu()}" if torch.cuda.is_available() else f"{cores}, no GPU"
+
+
+def gpu() -> str:
+    """Name, driver and highest clocks."""
+    wanted = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem",
+        "--format=csv,noheader",
+        "--id=0",
+    ]
+    try:
+        facts = subprocess.run(wanted, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        facts = "nvidia-smi says nothing"
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda} (driver, clocks: {facts})"
 
 
 def markdown(title: str, everything: dict[str, Any]) -> str:

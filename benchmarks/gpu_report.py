@@ -1,0 +1,84 @@
+"""What needs a GPU, in parts of at most 8 minutes, each with its results in docs/results/gpu-<part>.{json,md}.
+
+    make gpu-report [PARTS="op"]                       (offline, in an environment of your own: PYTHON=python3)
+
+A part is some commands, one after the other. A command that fails, or is not done in time, is recorded with what it
+printed last and ends its part; the next part starts all the same. Where there is no .git, TENFOLD_COMMIT names the
+commit.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.results import ROOT, write
+from framework.errors import FAILED, UsageError, command
+
+PART_S = 480.0  # of all commands of a part
+SHOWN_LINES = 15  # of the output of a command that failed
+PARTS = {
+    "op": [
+        ["setup.py", "-q", "build_ext", "--inplace"],
+        ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops"],
+        ["-m", "benchmarks.op", "--device", "cuda"],
+    ],
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", metavar="PART", default=list(PARTS), help=f"of {', '.join(PARTS)}")
+    args = parser.parse_args(argv)
+    for part in args.parts:
+        if part not in PARTS:
+            raise UsageError(f"--parts {part}: expected some of {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        raise UsageError("no GPU that torch can use: this report is about one; `make bench` measures on the CPU")
+    outcomes = {part: run_part(part, PARTS[part], PART_S) for part in args.parts}
+    return 0 if all(outcomes.values()) else FAILED
+
+
+def run_part(part: str, commands: list[list[str]], limit_s: float) -> bool:
+    """Run the commands until one fails, and record how each ended. True: all of them did what they should."""
+    end = time.monotonic() + limit_s
+    rows: list[dict[str, Any]] = []
+    for arguments in commands:
+        rows.append(run_command(arguments, end - time.monotonic()))
+        print(f"{part}: {rows[-1]['command']}: {rows[-1]['outcome']} after {rows[-1]['s']} s", flush=True)
+        if rows[-1]["outcome"] != "done":
+            break
+    write(f"gpu-{part}", f"On a GPU: {part}", "commands", {"commands": rows}, f"make gpu-report PARTS={part}")
+    return len(rows) == len(commands) and rows[-1]["outcome"] == "done"
+
+
+def run_command(arguments: list[str], limit_s: float) -> dict[str, Any]:
+    """A command of this repository's Python: how it ended, its seconds, and its last words where it failed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    started = time.monotonic()
+    try:
+        result = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, timeout=max(limit_s, 1.0), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        outcome, output = ("done" if result.returncode == 0 else f"exit code {result.returncode}"), result.stdout
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout or ""
+        outcome, output = "not done in time", said if isinstance(said, str) else said.decode(errors="replace")
+    lines = output.strip().splitlines()
+    kept = lines[-1:] if outcome == "done" else lines[-SHOWN_LINES:]
+    seconds = round(time.monotonic() - started, 1)
+    return {
+        "command": " ".join(["python", *arguments]),
+        "outcome": outcome,
+        "s": seconds,
+        "last words": " / ".join(kept),
+    }
+
+
+if __name__ == "__main__":
+    command(main)
