@@ -18,6 +18,7 @@ PYTHON    := $(CURDIR)/.venv/bin/python
 INSTALLED := .venv/.installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
+LIBRARY := ops/_C.abi3.so
 # -qq: errors only
 PIP_INSTALL := '$(PYTHON)' -m pip --disable-pip-version-check -qq install
 
@@ -40,7 +41,11 @@ env: $(INSTALLED)  ## the environment .venv; TORCH=torch==X.Y.Z and TORCH_INDEX=
 	@DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-build: env  ## what has to be compiled: nothing yet, ops runs in plain torch
+build: env $(LIBRARY)  ## the kernels of ops; needs g++ (CXX=... chooses another compiler)
+
+$(LIBRARY): setup.py $(wildcard ops/csrc/*.* ops/csrc/*/*) | $(INSTALLED)
+	@echo "building $@"
+	@'$(PYTHON)' setup.py -q build_ext --inplace
 
 quickstart: build  ## from nothing to a trained detector, its AP and its pictures; DATA=FOLDER: your own images, ARGS=key=value
 	@PYTHON='$(PYTHON)' DATA='$(DATA)' ARGS='$(ARGS)' launch/quickstart.sh
@@ -62,5 +67,5 @@ bench: build  ## the figures in docs/results/ (real data is read through TENFOLD
 	@'$(PYTHON)' -m benchmarks.real_data
 
 clean:  ## remove the environment, what was built, caches; runs/ and data/ stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist $(LIBRARY) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,14 +1,30 @@
-"""The distribution `tenfold`: the packages framework, ops and data_tools.
+"""The distribution `tenfold`: the packages framework, ops and data_tools, and the library ops/_C.abi3.so.
 
     pip install torch                                    # first: the build that suits your machine
     DS_BUILD_OPS=0 pip install --no-build-isolation -e '.[dev]'
 
 Without isolation, so that pip builds against the torch that is installed instead of fetching another one.
+
+    python setup.py build_ext --inplace                  # the library alone; `make build` does it when needed
+
+needs a C++17 compiler, g++ or what CXX names. TENFOLD_SANITIZE=address,undefined builds one that checks itself.
 """
 
-from setuptools import find_packages, setup
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 PACKAGES = ["framework", "ops", "data_tools"]
+CSRC = Path("ops", "csrc")
 
 REQUIRES = [
     "torch>=2.10",
@@ -35,6 +51,92 @@ EXTRAS = {
     "apex": ["apex @ git+https://github.com/NVIDIA/apex"],
 }
 
+# The instruction sets of the CPU kernels; which one runs is decided at run time.
+PORTABLE = {"portable": []}
+X86 = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+}
+# -Wno-psabi: vectors are passed to inlined functions only.
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+
+
+class BuildLibrary(build_ext):
+    """Compile ops/csrc with the compiler itself: torch's helpers bring what the stable ABI does without."""
+
+    def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name))
+        objects = Path(self.build_temp, "ops")
+        for folder in (library.parent, objects):
+            folder.mkdir(parents=True, exist_ok=True)
+        cxx = compiler()
+        commands = {objects / f"{name}.o": command for name, command in compilations(cxx).items()}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, ([*command, "-o", str(path)] for path, command in commands.items())))
+        run([*cxx, "-shared", *sanitizers(), *map(str, commands), *torch_libraries(), "-o", str(library)])
+        print(f"built {library}: CPU kernels for {', '.join(isas())}; no CUDA kernels yet")
+
+
+class BuildWheel(bdist_wheel):
+    """One wheel for every Python from 3.11 on: the library has nothing of Python's in it."""
+
+    def finalize_options(self) -> None:
+        self.py_limited_api = "cp311"
+        super().finalize_options()
+
+
+def compilations(cxx: list[str]) -> dict[str, list[str]]:
+    """Name of an object: the command that compiles it."""
+    base = [*cxx, *CXX_FLAGS, *sanitizers(), "-c"]
+    kernels = {name: [*base, *flags, str(CSRC / "cpu" / f"{name}.cpp")] for name, flags in isas().items()}
+    return kernels | {
+        "kernels_of": [*base, str(CSRC / "cpu" / "kernels_of.cpp")],
+        "bindings": [*base, *torch_headers(), str(CSRC / "bindings.cpp")],
+    }
+
+
+def isas() -> dict[str, list[str]]:
+    return PORTABLE | (X86 if platform.machine() in ("x86_64", "AMD64") else {})
+
+
+def sanitizers() -> list[str]:
+    chosen = os.environ.get("TENFOLD_SANITIZE")
+    return [f"-fsanitize={chosen}", "-fno-sanitize-recover=all", "-O1", "-g"] if chosen else []
+
+
+def compiler() -> list[str]:
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    if not shutil.which(command[0]):
+        sys.exit(f"error: no C++ compiler {command[0]}, which ops/_C.abi3.so needs; on Debian: apt-get install g++")
+    return command
+
+
+def torch_folder() -> Path:
+    try:
+        import torch
+    except ImportError as error:
+        sys.exit(f"error: install torch first, then tenfold with --no-build-isolation ({error})")
+    return Path(torch.__file__).parent
+
+
+def torch_headers() -> list[str]:
+    # The interface of torch 2.10, which later ones keep.
+    return [f"-isystem{torch_folder() / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+
+def torch_libraries() -> list[str]:
+    # Whoever loads the library has these loaded already: it needs no path to them.
+    return [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+
+
+def run(command: list[str]) -> None:
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode or result.stdout:
+        print(f"$ {shlex.join(command)}\n{result.stdout}", file=sys.stderr)
+    if result.returncode:
+        sys.exit(f"error: exit code {result.returncode} of the command above")
+
+
 setup(
     name="tenfold",
     version="0.1.0",
@@ -44,4 +146,6 @@ setup(
     packages=find_packages(include=[f"{name}{rest}" for name in PACKAGES for rest in ("", ".*")]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    ext_modules=[Extension("ops._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel},
 )
