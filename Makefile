@@ -23,7 +23,7 @@ LIBRARY := ops/_C.abi3.so
 PIP_INSTALL := '$(PYTHON)' -m pip --disable-pip-version-check -qq install
 
 .DEFAULT_GOAL := build
-.PHONY: help env build quickstart test check format bench clean
+.PHONY: help env build quickstart test sanitize check format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ quickstart: build  ## from nothing to a trained detector, its AP and its picture
 
 test: build  ## the test suite; what needs a GPU, SLURM or real data skips and says so
 	@'$(PYTHON)' -m pytest
+
+sanitize: env  ## run the CPU kernels once under AddressSanitizer and UBSan
+	@'$(PYTHON)' setup.py -q sanitize
 
 check: env  ## linter, formatting, types
 	@'$(PYTHON)' -m ruff check .

@@ -7,7 +7,7 @@ Without isolation, so that pip builds against the torch that is installed instea
 
     python setup.py build_ext --inplace                  # the library alone; `make build` does it when needed
 
-needs a C++17 compiler, g++ or what CXX names. TENFOLD_SANITIZE=address,undefined builds one that checks itself.
+needs a C++17 compiler, g++ or what CXX names.
 """
 
 import os
@@ -18,8 +18,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -70,11 +71,30 @@ class BuildLibrary(build_ext):
         for folder in (library.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
         cxx = compiler()
-        commands = {objects / f"{name}.o": command for name, command in compilations(cxx).items()}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, ([*command, "-o", str(path)] for path, command in commands.items())))
-        run([*cxx, "-shared", *sanitizers(), *map(str, commands), *torch_libraries(), "-o", str(library)])
+        built = compile_all({objects / f"{name}.o": command for name, command in compilations(cxx).items()})
+        run([*cxx, "-shared", *built, *torch_libraries(), "-o", str(library)])
         print(f"built {library}: CPU kernels for {', '.join(isas())}; no CUDA kernels yet")
+
+
+class Sanitize(Command):
+    """Run the CPU kernels once under AddressSanitizer and UBSan."""
+
+    description = "run the CPU kernels under AddressSanitizer and UBSan"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        folder = Path("build", "sanitize")
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
+        commands = {n: c for n, c in compilations(compiler()).items() if n != "bindings"}
+        commands["sanitize"] = [*compiler(), *CXX_FLAGS, "-c", "tests/ops/sanitize.cpp"]
+        objects = compile_all({folder / f"{name}.o": [*command, *flags] for name, command in commands.items()})
+        run([*compiler(), *flags, *objects, "-o", str(folder / "sanitize")])
+        print(subprocess.run([folder / "sanitize"], check=True, stdout=subprocess.PIPE, text=True).stdout, end="")
 
 
 class BuildWheel(bdist_wheel):
@@ -85,9 +105,15 @@ class BuildWheel(bdist_wheel):
         super().finalize_options()
 
 
+def compile_all(commands: dict[Path, list[str]]) -> list[str]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, ([*command, "-o", str(path)] for path, command in commands.items())))
+    return [str(path) for path in commands]
+
+
 def compilations(cxx: list[str]) -> dict[str, list[str]]:
     """Name of an object: the command that compiles it."""
-    base = [*cxx, *CXX_FLAGS, *sanitizers(), "-c"]
+    base = [*cxx, *CXX_FLAGS, "-c"]
     kernels = {name: [*base, *flags, str(CSRC / "cpu" / f"{name}.cpp")] for name, flags in isas().items()}
     return kernels | {
         "kernels_of": [*base, str(CSRC / "cpu" / "kernels_of.cpp")],
@@ -97,11 +123,6 @@ def compilations(cxx: list[str]) -> dict[str, list[str]]:
 
 def isas() -> dict[str, list[str]]:
     return PORTABLE | (X86 if platform.machine() in ("x86_64", "AMD64") else {})
-
-
-def sanitizers() -> list[str]:
-    chosen = os.environ.get("TENFOLD_SANITIZE")
-    return [f"-fsanitize={chosen}", "-fno-sanitize-recover=all", "-O1", "-g"] if chosen else []
 
 
 def compiler() -> list[str]:
@@ -147,5 +168,5 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     ext_modules=[Extension("ops._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel},
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel, "sanitize": Sanitize},
 )
