@@ -7,11 +7,13 @@ Without isolation, so that pip builds against the torch that is installed instea
 
     python setup.py build_ext --inplace                  # the library alone; `make build` does it when needed
 
-needs a C++17 compiler, g++ or what CXX names.
+needs a C++17 compiler, g++ or what CXX names. Where nvcc is on the PATH, or in bin/ of CUDA_HOME, CUDA kernels are
+compiled for TENFOLD_CUDA_ARCHS: "80 90" unless set, with PTX of the last; "none" for none.
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -72,8 +74,9 @@ class BuildLibrary(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
         cxx = compiler()
         built = compile_all({objects / f"{name}.o": command for name, command in compilations(cxx).items()})
-        run([*cxx, "-shared", *built, *torch_libraries(), "-o", str(library)])
-        print(f"built {library}: CPU kernels for {', '.join(isas())}; no CUDA kernels yet")
+        run([*cxx, "-shared", *built, *torch_libraries(), *cuda_runtime(), "-o", str(library)])
+        cuda = f"CUDA kernels for {' '.join(cuda_archs())}" if cuda_archs() else "no CUDA kernels: no nvcc is used"
+        print(f"built {library.name}: CPU kernels for {', '.join(isas())}; {cuda}")
 
 
 class Sanitize(Command):
@@ -90,7 +93,7 @@ class Sanitize(Command):
         folder = Path("build", "sanitize")
         folder.mkdir(parents=True, exist_ok=True)
         flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
-        commands = {n: c for n, c in compilations(compiler()).items() if n != "bindings"}
+        commands = {n: c for n, c in compilations(compiler()).items() if n not in ("bindings", "cuda")}
         commands["sanitize"] = [*compiler(), *CXX_FLAGS, "-c", "tests/ops/sanitize.cpp"]
         objects = compile_all({folder / f"{name}.o": [*command, *flags] for name, command in commands.items()})
         run([*compiler(), *flags, *objects, "-o", str(folder / "sanitize")])
@@ -115,14 +118,49 @@ def compilations(cxx: list[str]) -> dict[str, list[str]]:
     """Name of an object: the command that compiles it."""
     base = [*cxx, *CXX_FLAGS, "-c"]
     kernels = {name: [*base, *flags, str(CSRC / "cpu" / f"{name}.cpp")] for name, flags in isas().items()}
-    return kernels | {
+    define = [f'-DTENFOLD_CUDA_ARCHS="{" ".join(cuda_archs())}"'] if cuda_archs() else []
+    return (kernels if not cuda_archs() else kernels | {"cuda": nvcc_command()}) | {
         "kernels_of": [*base, str(CSRC / "cpu" / "kernels_of.cpp")],
-        "bindings": [*base, *torch_headers(), str(CSRC / "bindings.cpp")],
+        "bindings": [*base, *torch_headers(), *define, str(CSRC / "bindings.cpp")],
     }
 
 
 def isas() -> dict[str, list[str]]:
     return PORTABLE | (X86 if platform.machine() in ("x86_64", "AMD64") else {})
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+
+
+def cuda_archs() -> list[str]:
+    """Compute capabilities without the point; none where there is no nvcc."""
+    archs = os.environ.get("TENFOLD_CUDA_ARCHS", "80 90").replace(";", " ").replace(",", " ").split()
+    if archs == ["none"] or not nvcc():
+        return []
+    if not archs or not all(re.fullmatch(r"[0-9]{2,3}[a-z]?", arch) for arch in archs):
+        sys.exit(f"error: TENFOLD_CUDA_ARCHS: {' '.join(archs)!r}, expected numbers like 80 90, or none")
+    return archs
+
+
+def nvcc_command() -> list[str]:
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()]
+    newer = f"-gencode=arch=compute_{cuda_archs()[-1]},code=compute_{cuda_archs()[-1]}"
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes, newer]
+    return [str(nvcc()), *flags, "-c", str(CSRC / "cuda" / "kernels.cu")]
+
+
+def cuda_runtime() -> list[str]:
+    if not cuda_archs():
+        return []
+    home = Path(str(nvcc())).resolve().parent.parent
+    folders = [Path(os.environ.get("CUDA_HOME", home)), home, Path("/usr/local/cuda")]
+    folders = [folder / lib for folder in folders for lib in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    found = [folder for folder in folders if (folder / "libcudart_static.a").exists()]
+    if not found:
+        sys.exit(f"error: no libcudart_static.a beside {nvcc()}; set CUDA_HOME, or TENFOLD_CUDA_ARCHS=none")
+    return [f"-L{found[0]}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def compiler() -> list[str]:
@@ -147,7 +185,8 @@ def torch_headers() -> list[str]:
 
 def torch_libraries() -> list[str]:
     # Whoever loads the library has these loaded already: it needs no path to them.
-    return [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    # --no-as-needed: libtorch brings the CUDA half, where there is one, for the symbols that are weak.
+    return [f"-L{torch_folder() / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
 def run(command: list[str]) -> None:

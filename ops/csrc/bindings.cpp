@@ -224,6 +224,27 @@ void sum_heads(const Problem& p, A* sums_BQLN) {
   }
 }
 
+// --- CUDA ---
+
+#ifdef TENFOLD_CUDA_ARCHS
+// Of torch's C shim, where torch has CUDA; weak, so that the library also loads beside a torch without.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+void check_launch(const char* problem) {
+  if (problem) fail("CUDA: ", problem);
+}
+
+struct CudaStream {
+  int device;
+  void* stream = nullptr;
+  explicit CudaStream(const Tensor& tensor) : device(tensor.get_device_index()) {
+    if (!aoti_torch_get_current_cuda_stream || aoti_torch_get_current_cuda_stream(device, &stream)) {
+      fail("CUDA: torch gives no stream of device ", device);
+    }
+  }
+};
+#endif
+
 // --- The operators ---
 
 Tensor zeros(const Tensor& like, const Sizes& sizes) { return torch::stable::new_zeros(like, sizes); }
@@ -234,6 +255,13 @@ Tensor forward(Call& call) {
   const Tensor out_BQD = empty(call.value, {p.B, p.Q, p.M * p.E});
   if (call.nothing_to_do()) return out_BQD;
   p.out_BQME = out_BQD.mutable_data_ptr();
+#ifdef TENFOLD_CUDA_ARCHS
+  if (call.value.is_cuda()) {
+    const CudaStream at(call.value);
+    check_launch(forward_cuda(p, at.device, at.stream));
+    return out_BQD;
+  }
+#endif
   forward_cpu(p);
   return out_BQD;
 }
@@ -242,27 +270,44 @@ struct Grads {
   Tensor value, references, offsets, weights;
 };
 
+void backward_on_cpu(Problem& p, const Grads& grads) {
+  backward_cpu(p);
+  if (!p.grad_references_BMQLN) return;
+  void* sums = grads.references.mutable_data_ptr();
+  p.dtype == Dtype::kDouble ? sum_heads(p, static_cast<double*>(sums)) : sum_heads(p, static_cast<float*>(sums));
+}
+
+void backward_on_cuda([[maybe_unused]] const Problem& p, [[maybe_unused]] const Grads& grads) {
+#ifdef TENFOLD_CUDA_ARCHS
+  const CudaStream at(grads.value);
+  check_launch(backward_cuda(p, at.device, at.stream));
+  if (!p.grad_references_BMQLN) return;
+  check_launch(sum_heads_cuda(p, grads.references.mutable_data_ptr(), at.device, at.stream));
+#endif
+}
+
 Grads backward(Call& call, bool references_too) {
   Problem& p = call.p;
-  // The kernels add to it, unless they sum in a copy of their own and overwrite it.
-  const bool overwritten = (p.repack || p.dtype == Dtype::kBfloat16) && !call.nothing_to_do();
-  const auto grad_value = overwritten ? empty : zeros;
+  const bool cpu = call.value.is_cpu();
+  // The CPU kernels add to it, unless they sum in a copy of their own and overwrite it. Those for CUDA add always,
+  // in the type of sums.
+  const bool overwritten = cpu && (p.repack || p.dtype == Dtype::kBfloat16) && !call.nothing_to_do();
+  const Tensor& value_like = cpu ? call.value : call.offsets;
+  const Sizes value_sizes = {p.B, p.S, p.M, p.E};
   Grads grads{
-      grad_value(call.value, {p.B, p.S, p.M, p.E}),
+      overwritten ? empty(value_like, value_sizes) : zeros(value_like, value_sizes),
       references_too ? empty(call.offsets, {p.B, p.Q, p.L, p.N}) : empty(call.offsets, {0}),
       empty(call.offsets, sizes_of(call.offsets)),
       empty(call.weights, sizes_of(call.weights)),
   };
-  if (call.nothing_to_do()) return grads;
   const Tensor of_heads = references_too ? empty(call.offsets, {p.B, p.M, p.Q, p.L, p.N}) : grads.references;
   p.grad_value_BSME = grads.value.mutable_data_ptr();
   p.grad_offsets_BQMLP2 = grads.offsets.mutable_data_ptr();
   p.grad_weights_BQMLP = grads.weights.mutable_data_ptr();
   p.grad_references_BMQLN = references_too ? of_heads.mutable_data_ptr() : nullptr;
-  backward_cpu(p);
-  if (references_too) {
-    void* sums = grads.references.mutable_data_ptr();
-    p.dtype == Dtype::kDouble ? sum_heads(p, static_cast<double*>(sums)) : sum_heads(p, static_cast<float*>(sums));
+  if (!call.nothing_to_do()) cpu ? backward_on_cpu(p, grads) : backward_on_cuda(p, grads);
+  if (!cpu && grads.value.scalar_type() != call.value.scalar_type()) {
+    grads.value = torch::stable::to(grads.value, call.value.scalar_type());
   }
   return grads;
 }
@@ -313,12 +358,16 @@ STABLE_TORCH_LIBRARY(tenfold, m) {
         " -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
-  m.impl("ms_deform_attn", TORCH_BOX(&tenfold::ms_deform_attn));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&tenfold::ms_deform_attn_backward));
-  m.impl("fused_ms_deform_attn", TORCH_BOX(&tenfold::fused_ms_deform_attn));
-  m.impl("fused_ms_deform_attn_backward", TORCH_BOX(&tenfold::fused_ms_deform_attn_backward));
-}
+#define TENFOLD_IMPLEMENT(m)                                                               \
+  m.impl("ms_deform_attn", TORCH_BOX(&tenfold::ms_deform_attn));                           \
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&tenfold::ms_deform_attn_backward));         \
+  m.impl("fused_ms_deform_attn", TORCH_BOX(&tenfold::fused_ms_deform_attn));               \
+  m.impl("fused_ms_deform_attn_backward", TORCH_BOX(&tenfold::fused_ms_deform_attn_backward))
+
+STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) { TENFOLD_IMPLEMENT(m); }
+#ifdef TENFOLD_CUDA_ARCHS
+STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) { TENFOLD_IMPLEMENT(m); }
+#endif
 
 // For ops/library.py, through ctypes.
 #define TENFOLD_EXPORT extern "C" __attribute__((visibility("default")))
