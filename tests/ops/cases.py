@@ -34,7 +34,7 @@ class Case:
         leaves = [t.detach().clone().requires_grad_() for t in self.tensors]
         out = Case(self.mode, self.sizes_hw, leaves).run(implementation)
         draw = torch.Generator().manual_seed(9)
-        grad = torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out.dtype)
+        grad = torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
