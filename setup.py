@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from setuptools import Command, Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 PACKAGES = ["framework", "ops", "data_tools"]
@@ -98,14 +97,6 @@ class Sanitize(Command):
         objects = compile_all({folder / f"{name}.o": [*command, *flags] for name, command in commands.items()})
         run([*compiler(), *flags, *objects, "-o", str(folder / "sanitize")])
         print(subprocess.run([folder / "sanitize"], check=True, stdout=subprocess.PIPE, text=True).stdout, end="")
-
-
-class BuildWheel(bdist_wheel):
-    """One wheel for every Python from 3.11 on: the library has nothing of Python's in it."""
-
-    def finalize_options(self) -> None:
-        self.py_limited_api = "cp311"
-        super().finalize_options()
 
 
 def compile_all(commands: dict[Path, list[str]]) -> list[str]:
@@ -207,5 +198,7 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     ext_modules=[Extension("ops._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel, "sanitize": Sanitize},
+    # One wheel for every Python from 3.11 on: the library has nothing of Python's in it.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    cmdclass={"build_ext": BuildLibrary, "sanitize": Sanitize},
 )
