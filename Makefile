@@ -18,11 +18,12 @@ PYTHON    := $(CURDIR)/.venv/bin/python
 INSTALLED := .venv/.installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
+LIBRARY := ops/_C.abi3.so
 # -qq: errors only
 PIP_INSTALL := '$(PYTHON)' -m pip --disable-pip-version-check -qq install
 
 .DEFAULT_GOAL := build
-.PHONY: help env build quickstart test check format bench gpu-report clean
+.PHONY: help env build quickstart test sanitize check format bench gpu-report clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,13 +41,20 @@ env: $(INSTALLED)  ## the environment .venv; TORCH=torch==X.Y.Z and TORCH_INDEX=
 	@DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-build: env  ## what has to be compiled: nothing yet, ops runs in plain torch
+build: env $(LIBRARY)  ## the kernels of ops; needs g++ (CXX=... chooses another compiler)
+
+$(LIBRARY): setup.py $(wildcard ops/csrc/*.* ops/csrc/*/*) | $(INSTALLED)
+	@echo "building $@"
+	@'$(PYTHON)' setup.py -q build_ext --inplace
 
 quickstart: build  ## from nothing to a trained detector, its AP and its pictures; DATA=FOLDER: your own images, ARGS=key=value
 	@PYTHON='$(PYTHON)' DATA='$(DATA)' ARGS='$(ARGS)' launch/quickstart.sh
 
 test: build  ## the test suite; what needs a GPU, SLURM or real data skips and says so
 	@'$(PYTHON)' -m pytest
+
+sanitize: env  ## run the CPU kernels once under AddressSanitizer and UBSan
+	@'$(PYTHON)' setup.py -q sanitize
 
 check: env  ## linter, formatting, types
 	@'$(PYTHON)' -m ruff check .
@@ -59,6 +67,7 @@ format: env  ## format the code and mend what the linter can
 
 bench: build  ## the figures in docs/results/ (real data is read through TENFOLD_DATA)
 	@'$(PYTHON)' -m benchmarks.flops
+	@'$(PYTHON)' -m benchmarks.op
 	@'$(PYTHON)' -m benchmarks.real_data
 
 # PARTS="op ..."; empty: all of them
@@ -67,5 +76,5 @@ gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PA
 	@'$(PYTHON)' -m benchmarks.gpu_report $(if $(PARTS),--parts $(PARTS))
 
 clean:  ## remove the environment, what was built, caches; runs/ and data/ stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist $(LIBRARY) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

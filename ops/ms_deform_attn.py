@@ -1,18 +1,25 @@
 """The public operators and the attention module of Deformable DETR.
 
-Both functions run `ops.reference`, plain torch, on every device: there are no compiled kernels yet. They will
-come behind these same signatures.
+Both functions run the kernels of `ops.compiled`. With TENFOLD_OP=reference in the environment they run
+`ops.reference` instead: plain torch, many times slower, on every device torch has.
 """
 
 # B image, L level, S = sum of H*W over levels, D model width, M head, E head width, Q query, P point, K = L*P
 
 import math
+import os
 
 import torch
 from torch import Tensor, nn
 
-from ops import reference
+from ops import compiled, reference
 from ops.reference import SpatialShapes
+
+MAX_POINTS = 512  # L*P, as in csrc/problem.h
+IMPLEMENTATIONS = {"compiled": compiled, "reference": reference}
+if (_chosen := os.environ.get("TENFOLD_OP") or "compiled") not in IMPLEMENTATIONS:
+    raise ValueError(f"TENFOLD_OP: {_chosen!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+implementation = IMPLEMENTATIONS[_chosen]
 
 
 def ms_deform_attn(
@@ -36,7 +43,8 @@ def ms_deform_attn(
     _check("sampling_locations", sampling_locations, value, B=B, Q=None, M=M, L=L, P=None, xy=2)
     Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
     _check("attention_weights", attention_weights, value, B=B, Q=Q, M=M, L=L, P=P)
-    return reference.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
+    _check_points("sampling_locations", L, P)
+    return implementation.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def fused_ms_deform_attn(
@@ -65,7 +73,10 @@ def fused_ms_deform_attn(
     Q, P = sampling_offsets.shape[1], sampling_offsets.shape[4]
     _check_references("reference_points", reference_points, value, B, Q, L)
     _check("attention_logits", attention_logits, value, B=B, Q=Q, M=M, LP=L * P)
-    return reference.fused_ms_deform_attn(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    _check_points("sampling_offsets", L, P)
+    return implementation.fused_ms_deform_attn(
+        value, spatial_shapes, reference_points, sampling_offsets, attention_logits
+    )
 
 
 class MSDeformAttn(nn.Module):
@@ -192,6 +203,11 @@ def _checked_sizes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
         found = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
         raise ValueError(f"spatial_shapes: {found}, expected integers (H, W) >= 1 for each level")
     return sizes_hw
+
+
+def _check_points(name: str, L: int, P: int) -> None:
+    if L * P > MAX_POINTS:
+        raise ValueError(f"{name}: L*P = {L} * {P} points, expected at most {MAX_POINTS}")
 
 
 def _check_references(name: str, references: Tensor, like: Tensor, B: int, Q: int, L: int) -> None:

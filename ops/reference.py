@@ -9,6 +9,7 @@ dtypes of those in `ops.ms_deform_attn` and are not checked here: the functions 
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,12 @@ def sampling_locations(references_BQLN: Tensor, offsets_xy_BQMLP2: Tensor, spati
 def level_sizes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
     """(H, W) of each level as host integers; for a tensor on a GPU the host has to wait."""
     rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-    return [(operator.index(height), operator.index(width)) for height, width in rows]
+    return [(_integer(height), _integer(width)) for height, width in rows]
+
+
+def _integer(side: Any) -> Any:
+    # operator.index would fix a size that torch.compile keeps symbolic, and compile again for every other one.
+    return side if isinstance(side, int | torch.SymInt) else operator.index(side)
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:

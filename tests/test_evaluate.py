@@ -22,7 +22,7 @@ from framework.models.weights import to_published
 from framework.trained import Trained
 from tests.colours import FindsColours, painted
 from tests.data.shards import CLASSES, make_sample, write_shards
-from tests.paths import data_folder
+from tests.paths import REPOSITORY, data_folder
 
 TINY = ["model.backbone.name=resnet18", "model.backbone.norm=group", "model.width=32", "model.num_heads=2",
         "model.encoder_layers=1", "model.decoder_layers=2", "model.ffn_width=32", "model.num_queries=12",
@@ -139,7 +139,8 @@ def test_detections_of_cocoapi(capsys):
     (["--detections", "d", "--annotations", "a", "--run", "r"], "expected either a model .* not both"),
     (["--run", "r", "--image-side", "0"], "--image-side 0: expected pixels"),
     (["--run", "nowhere"], "--run nowhere: no config.yaml"),
-    (["--weights", "w", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
+    (["--weights", str(REPOSITORY), "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
+    (["--weights", "w", "--config", "nowhere.yaml"], "--weights w: no such file; expected a .pth"),
 ])  # fmt: skip
 def test_misuse(arguments, message, monkeypatch):
     alone(monkeypatch)

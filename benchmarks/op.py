@@ -1,0 +1,185 @@
+"""The fused operator on the CPU against eager grid_sample: seconds of both sides in one run, their ratios, memory.
+
+    python -m benchmarks.op [--repeats N] [--threads T]
+
+Shapes of COCO at 800 x 1333: 22,223 tokens in four levels, 8 heads of 32 channels, 4 points; encoder: a query for
+each token; decoder: 300 queries. Every instruction set of this machine, float32 and bfloat16; both sides begin with
+offsets and logits and end with gradients of value, offsets and logits. `reference` is ops.reference; `stacked` the
+common way to write it, which keeps the samples of all levels. Sides take turns, and medians are compared. Once with
+the allocator as it is, once with one that keeps its memory: half of grid_sample's time is page faults otherwise.
+Writes docs/results/op.{json,md}.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.results import ROOT, write
+from ops import compiled, library, reference
+
+# B image, S token of all levels, M head, E channel of a head, Q query, L level, P point, G = B*M
+
+SIZES_HW = [(100, 167), (50, 84), (25, 42), (13, 21)]
+S, M, E, L, P = sum(h * w for h, w in SIZES_HW), 8, 32, 4, 4
+QUERIES = {"encoder": S, "decoder": 300}
+# glibc: nothing comes from mmap, nothing is given back.
+ALLOCATORS = {"default": {}, "keeps memory": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}}
+Side = Callable[[list[Tensor]], Tensor]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--part", choices=["time", *sides()], help="of the work, in this process; prints JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.part:
+        print(json.dumps(times(args.repeats) if args.part == "time" else extra_mib(sides()[args.part])))
+        return 0
+    command = f"python -m benchmarks.op --repeats {args.repeats} --threads {args.threads}"
+    for name, environment in ALLOCATORS.items():
+        rows = in_process("time", args, environment)
+        write("op", TITLE, f"allocator: {name}", {"rows": rows, "threads": args.threads}, command)
+    memory = {name: in_process(name, args, {}) for name in sides()}
+    write("op", TITLE, "MiB that the encoder's forward takes beyond its arguments", memory, command)
+    return 0
+
+
+TITLE = "The operator on the CPU against eager grid_sample"
+
+
+def in_process(part: str, args: argparse.Namespace, environment: dict[str, str]) -> Any:
+    command = [sys.executable, "-m", "benchmarks.op", "--part", part]
+    command += ["--repeats", str(args.repeats), "--threads", str(args.threads)]
+    environment = os.environ | environment | {"PYTHONPATH": str(ROOT)}
+    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def sides() -> dict[str, Side]:
+    def fused(tensors: list[Tensor]) -> Tensor:
+        return compiled.fused_ms_deform_attn(tensors[0], SIZES_HW, *tensors[1:])
+
+    def plain(tensors: list[Tensor]) -> Tensor:
+        return reference.fused_ms_deform_attn(tensors[0], SIZES_HW, *tensors[1:])
+
+    return {"fused": fused, "reference": plain, "stacked": stacked}
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """grid_sample for each level with points last, the samples of all levels stacked, then one weighted sum."""
+    value_BSME, references_BQLN, offsets_BQMLP2, logits_BQMK = tensors
+    B, Q = offsets_BQMLP2.shape[:2]
+    locations_BQMLP2 = reference.sampling_locations(references_BQLN, offsets_BQMLP2, SIZES_HW)
+    weights_G1QK = logits_BQMK.float().softmax(-1).transpose(1, 2).reshape(B * M, 1, Q, L * P)
+    levels = value_BSME.float().split([height * width for height, width in SIZES_HW], dim=1)
+    samples = []
+    for level, (height, width) in enumerate(SIZES_HW):
+        map_GEHW = levels[level].flatten(2).transpose(1, 2).reshape(B * M, E, height, width)
+        grid_GQP2 = (2 * locations_BQMLP2[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
+        samples.append(F.grid_sample(map_GEHW, grid_GQP2, padding_mode="zeros", align_corners=False))
+    samples_GEQK = torch.stack(samples, dim=-2).flatten(-2)
+    return (samples_GEQK * weights_G1QK).sum(-1).view(B, M * E, Q).transpose(1, 2).contiguous().to(value_BSME.dtype)
+
+
+def arguments(num_queries: int, dtype: torch.dtype) -> list[Tensor]:
+    """Value, references at the centres of the tokens or anywhere, offsets of 2 pixels, logits."""
+    draw = torch.Generator().manual_seed(0)
+    value = torch.randn(1, S, M, E, generator=draw).to(dtype)
+    references = torch.rand(1, num_queries, 1, 2, generator=draw)
+    if num_queries == S:
+        references = torch.cat(list(centres()))[None, :, None]
+    offsets = 2 * torch.randn(1, num_queries, M, L, P, 2, generator=draw)
+    logits = torch.randn(1, num_queries, M, L * P, generator=draw)
+    return [value, references.expand(-1, -1, L, -1).contiguous(), offsets, logits]
+
+
+def centres() -> Iterator[Tensor]:
+    for height, width in SIZES_HW:
+        y, x = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+        yield torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).view(-1, 2)
+
+
+def times(repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for shape, num_queries in QUERIES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += compare(shape, arguments(num_queries, dtype), repeats)
+    return rows
+
+
+def compare(shape: str, tensors: list[Tensor], repeats: int) -> list[dict[str, Any]]:
+    """Medians of one shape and dtype: a row for each instruction set, with the ratios to both eager ways."""
+    isas = [isa for isa in library.ISAS if runs_here(isa)]
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in [*isas, "reference", "stacked"]}
+    for _ in range(repeats):
+        for isa in isas:
+            library.choose_cpu_isa(isa)
+            seconds[isa] += [step(sides()["fused"], tensors) for _ in range(3)]
+        for name in ("reference", "stacked"):
+            seconds[name].append(step(sides()[name], tensors))
+    medians = {
+        name: [1e3 * statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in seconds.items()
+    }
+    rows = []
+    for isa in isas:
+        row: dict[str, Any] = {"shape": shape, "dtype": str(tensors[0].dtype).removeprefix("torch."), "isa": isa}
+        for i, way in enumerate(("forward", "backward")):
+            row[f"{way} ms"] = medians[isa][i]
+            for name in ("reference", "stacked"):
+                row[f"{way}, {name} ms"] = medians[name][i]
+                row[f"{way}, times faster than {name}"] = medians[name][i] / medians[isa][i]
+        rows.append(row)
+    return rows
+
+
+def runs_here(isa: str) -> bool:
+    try:
+        return bool(library.choose_cpu_isa(isa))
+    except ValueError:
+        return False
+
+
+def step(side: Side, tensors: list[Tensor]) -> tuple[float, float]:
+    """Seconds of a forward, and of its backward."""
+    value, references, offsets, logits = tensors
+    leaves = [t.detach().requires_grad_() for t in (value, offsets, logits)]
+    started = time.perf_counter()
+    out = side([leaves[0], references, *leaves[1:]])
+    between = time.perf_counter()
+    grad = torch.ones_like(out)
+    resumed = time.perf_counter()
+    torch.autograd.grad(out, leaves, grad)
+    return between - started, time.perf_counter() - resumed
+
+
+def extra_mib(side: Side) -> dict[str, float]:
+    """Peak resident memory during a forward without gradients, less that before; its output included."""
+    tensors = arguments(S, torch.float32)
+    with torch.no_grad():
+        side([*arguments(3, torch.float32)])  # what is loaded at first use
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak starts at what is resident now
+        before = resident_mib("VmHWM")
+        out = side(tensors)
+        return {"extra": resident_mib("VmHWM") - before, "of it output": out.nbytes / 2**20}
+
+
+def resident_mib(field: str) -> float:
+    with open("/proc/self/status") as file:
+        (line,) = [line for line in file if line.startswith(field)]
+    return int(line.split()[1]) / 2**10
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,387 @@
+// The operators of torch.ops.tenfold, on torch's stable ABI: one library for torch 2.10 and later and every Python.
+//
+// ops/ms_deform_attn.py checks arguments in the caller's terms. Here everything is checked again that would make a
+// kernel read or write outside, since these operators can be called directly. Fake tensors, autograd: ops/library.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels_of.h"
+#include "problem.h"
+
+#ifdef TENFOLD_CUDA_ARCHS
+#include "cuda/launch.h"
+#endif
+
+// B image, S pixel of all levels, M head, E channel of a head, Q query, L level, P point, N = 2 or 4 numbers of a
+// reference
+
+namespace tenfold {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string shown(const int64_t* sizes, size_t count) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < count; ++i) text << (i ? ", " : "") << sizes[i];
+  text << ")";
+  return text.str();
+}
+
+Sizes sizes_of(const Tensor& tensor) { return Sizes(tensor.sizes().begin(), tensor.sizes().end()); }
+
+void check_shape(const char* name, const Tensor& tensor, const Sizes& expected) {
+  const Sizes found = sizes_of(tensor);
+  if (found != expected) {
+    fail(name, ": shape ", shown(found.data(), found.size()), ", expected ", shown(expected.data(), expected.size()));
+  }
+}
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& value, ScalarType dtype) {
+  if (tensor.device() != value.device()) fail(name, ": on another device than value");
+  if (tensor.scalar_type() != dtype) {
+    fail(name, ": ", torch::headeronly::toString(tensor.scalar_type()), ", expected ",
+         torch::headeronly::toString(dtype));
+  }
+}
+
+Dtype dtype_of(const Tensor& value) {
+  switch (value.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Double:
+      return Dtype::kDouble;
+    case ScalarType::BFloat16:
+      return Dtype::kBfloat16;
+    case ScalarType::Half:
+      if (!value.is_cpu()) return Dtype::kHalf;
+      [[fallthrough]];
+    default:
+      fail("value: ", torch::headeronly::toString(value.scalar_type()), ", expected Float, BFloat16 or Double",
+           value.is_cpu() ? "" : " or Half");
+  }
+}
+
+std::vector<Level> levels_of(const Sizes& spatial_shapes) {
+  if (spatial_shapes.empty() || spatial_shapes.size() % 2) {
+    fail("spatial_shapes: ", spatial_shapes.size(), " integers, expected H, W of each level");
+  }
+  std::vector<Level> levels;
+  int64_t start = 0;
+  for (size_t i = 0; i < spatial_shapes.size(); i += 2) {
+    const int64_t height = spatial_shapes[i], width = spatial_shapes[i + 1];
+    if (height < 1 || width < 1 || height > kMaxSide || width > kMaxSide) {
+      fail("spatial_shapes: ", height, " x ", width, ", expected 1 to ", kMaxSide);
+    }
+    levels.push_back({static_cast<int>(height), static_cast<int>(width), static_cast<int>(start)});
+    start += height * width;
+    if (start > INT32_MAX) fail("spatial_shapes: ", start, " pixels and more, expected at most ", INT32_MAX);
+  }
+  return levels;
+}
+
+// The tensors that a problem's addresses point into, and the problem.
+struct Call {
+  std::vector<Level> levels;
+  Tensor value, references, offsets, weights, grad_out;
+  Problem p{};
+
+  // references: not read in mode kLocations. The arguments in the order of the operators.
+  Call(Mode mode, const Tensor& value_BSME, const Sizes& spatial_shapes, const Tensor& references_BQLN,
+       const Tensor& offsets_BQMLP2, const Tensor& weights)
+      : levels(levels_of(spatial_shapes)), value(value_BSME), references(references_BQLN), offsets(offsets_BQMLP2),
+        weights(weights), grad_out(value_BSME) {
+    p.mode = mode;
+    p.dtype = dtype_of(value);
+    const Sizes value_sizes = sizes_of(value), offset_sizes = sizes_of(offsets);
+    if (value_sizes.size() != 4) fail("value: ", value_sizes.size(), " axes, expected (B, S, M, E)");
+    const char* offsets_name = mode == Mode::kLocations ? "sampling_locations" : "sampling_offsets";
+    if (offset_sizes.size() != 6) fail(offsets_name, ": ", offset_sizes.size(), " axes, expected (B, Q, M, L, P, 2)");
+    p.B = value_sizes[0], p.S = value_sizes[1], p.M = value_sizes[2], p.E = value_sizes[3];
+    p.Q = offset_sizes[1], p.L = static_cast<int64_t>(levels.size()), p.P = offset_sizes[4];
+    check_sizes(offsets_name);
+    check_shape(offsets_name, offsets, {p.B, p.Q, p.M, p.L, p.P, 2});
+    const ScalarType compute = p.dtype == Dtype::kDouble ? ScalarType::Double : ScalarType::Float;
+    check_like(offsets_name, offsets, value, compute);
+    if (mode == Mode::kLocations) {
+      check_shape("attention_weights", weights, {p.B, p.Q, p.M, p.L, p.P});
+      check_like("attention_weights", weights, value, compute);
+    } else {
+      check_shape("attention_logits", weights, {p.B, p.Q, p.M, p.L * p.P});
+      check_like("attention_logits", weights, value, compute);
+      const Sizes reference_sizes = sizes_of(references);
+      p.N = reference_sizes.empty() ? 0 : reference_sizes.back();
+      if (p.N != 2 && p.N != 4) fail("reference_points: ", p.N, " numbers each, expected 2 or 4");
+      p.mode = p.N == 2 ? Mode::kPoints : Mode::kBoxes;
+      check_shape("reference_points", references, {p.B, p.Q, p.L, p.N});
+      check_like("reference_points", references, value, compute);
+    }
+    set_addresses();
+  }
+
+  void set_grad_out(const Tensor& grad_BQD) {
+    check_shape("grad", grad_BQD, {p.B, p.Q, p.M * p.E});
+    check_like("grad", grad_BQD, value, value.scalar_type());
+    grad_out = torch::stable::contiguous(grad_BQD);
+    p.grad_out_BQME = grad_out.const_data_ptr();
+  }
+
+  bool nothing_to_do() const { return p.B == 0 || p.Q == 0; }
+
+ private:
+  void check_sizes(const char* offsets_name) const {
+    const Level& last = levels.back();
+    const int64_t pixels = last.start + static_cast<int64_t>(last.height) * last.width;
+    if (p.S != pixels) fail("value: S = ", p.S, ", expected ", pixels, ", the sum of H*W in spatial_shapes");
+    if (p.M < 1 || p.E < 1) fail("value: M = ", p.M, ", E = ", p.E, ", expected at least 1");
+    if (p.M > INT32_MAX / p.S || p.E > INT32_MAX / (p.S * p.M)) {
+      fail("value: ", p.S, " x ", p.M, " x ", p.E, " numbers an image, expected at most ", INT32_MAX);
+    }
+    if (p.P < 1 || p.P > kMaxPoints / p.L) {
+      fail(offsets_name, ": L = ", p.L, ", P = ", p.P, ", expected L*P of 1 to ", kMaxPoints);
+    }
+  }
+
+  void set_addresses() {
+    value = torch::stable::contiguous(value);
+    offsets = torch::stable::contiguous(offsets);
+    weights = torch::stable::contiguous(weights);
+    p.levels_L = levels.data();
+    p.value_BSME = value.const_data_ptr();
+    p.offsets_BQMLP2 = offsets.const_data_ptr();
+    p.weights_BQMLP = weights.const_data_ptr();
+    if (p.mode != Mode::kLocations) {
+      references = torch::stable::contiguous(references);
+      p.references_BQLN = references.const_data_ptr();
+    }
+    // Worth it where rows are read several times; a row of one head may lie a multiple of 4096 bytes from the next,
+    // which keeps a cache from holding many.
+    p.repack = p.M > 1 && p.Q * 8 >= p.S;
+    p.query_chunks = p.level_slices = 1;
+  }
+};
+
+// --- CPU ---
+
+using Items = int (*)(const Problem&, int64_t, int64_t);
+
+void in_parallel(const Problem& p, Items kernel, int64_t items, int64_t work_of_item) {
+  constexpr int64_t kWorthAThread = 1 << 16;  // multiply-adds
+  const int64_t grain = 1 + kWorthAThread / (work_of_item + 1);
+  std::atomic<int> status{kDone};
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    const int result = begin < end ? kernel(p, begin, end) : kDone;
+    if (result != kDone) status = result;
+  });
+  if (status != kDone) fail("out of memory for ", p.S, " x ", p.E, " sums a thread");
+}
+
+void forward_cpu(Problem& p) {
+  const int64_t owners = p.B * p.M, threads = torch::stable::get_num_threads();
+  if (owners < 2 * threads) p.query_chunks = std::min((2 * threads + owners - 1) / owners, 1 + p.Q / 32);
+  const int64_t work = p.Q * p.L * p.P * p.E * 4 / p.query_chunks;
+  in_parallel(p, cpu_kernels().forward, owners * p.query_chunks, work);
+}
+
+void backward_cpu(Problem& p) {
+  const int64_t owners = p.B * p.M, threads = torch::stable::get_num_threads();
+  if (owners < threads) p.level_slices = std::min((threads + owners - 1) / owners, p.L);
+  const int64_t work = (p.Q * p.P * 8 + p.S) * p.L * p.E / p.level_slices;
+  const CpuKernels& kernels = cpu_kernels();
+  in_parallel(p, kernels.backward, owners * p.level_slices, work);
+  if (p.mode != Mode::kLocations && p.level_slices > 1) {
+    in_parallel(p, kernels.softmax_rows, p.B * p.Q * p.M, p.L * p.P * 16);
+  }
+}
+
+// (B, M, Q, L, N) -> (B, Q, L, N), heads in their order.
+template <class A>
+void sum_heads(const Problem& p, A* sums_BQLN) {
+  const int64_t block = p.Q * p.L * p.N;
+  const A* of_heads = static_cast<const A*>(p.grad_references_BMQLN);
+  for (int64_t i = 0; i < p.B * block; ++i) {
+    const A* first = of_heads + i / block * p.M * block + i % block;
+    A sum = 0;
+    for (int64_t m = 0; m < p.M; ++m) sum += first[m * block];
+    sums_BQLN[i] = sum;
+  }
+}
+
+// --- CUDA ---
+
+#ifdef TENFOLD_CUDA_ARCHS
+// Of torch's C shim, where torch has CUDA; weak, so that the library also loads beside a torch without.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+void check_launch(const char* problem) {
+  if (problem) fail("CUDA: ", problem);
+}
+
+struct CudaStream {
+  int device;
+  void* stream = nullptr;
+  explicit CudaStream(const Tensor& tensor) : device(tensor.get_device_index()) {
+    if (!aoti_torch_get_current_cuda_stream || aoti_torch_get_current_cuda_stream(device, &stream)) {
+      fail("CUDA: torch gives no stream of device ", device);
+    }
+  }
+};
+#endif
+
+// --- The operators ---
+
+Tensor zeros(const Tensor& like, const Sizes& sizes) { return torch::stable::new_zeros(like, sizes); }
+Tensor empty(const Tensor& like, const Sizes& sizes) { return torch::stable::new_empty(like, sizes); }
+
+Tensor forward(Call& call) {
+  Problem& p = call.p;
+  const Tensor out_BQD = empty(call.value, {p.B, p.Q, p.M * p.E});
+  if (call.nothing_to_do()) return out_BQD;
+  p.out_BQME = out_BQD.mutable_data_ptr();
+#ifdef TENFOLD_CUDA_ARCHS
+  if (call.value.is_cuda()) {
+    const CudaStream at(call.value);
+    check_launch(forward_cuda(p, at.device, at.stream));
+    return out_BQD;
+  }
+#endif
+  forward_cpu(p);
+  return out_BQD;
+}
+
+struct Grads {
+  Tensor value, references, offsets, weights;
+};
+
+void backward_on_cpu(Problem& p, const Grads& grads) {
+  backward_cpu(p);
+  if (!p.grad_references_BMQLN) return;
+  void* sums = grads.references.mutable_data_ptr();
+  p.dtype == Dtype::kDouble ? sum_heads(p, static_cast<double*>(sums)) : sum_heads(p, static_cast<float*>(sums));
+}
+
+void backward_on_cuda([[maybe_unused]] const Problem& p, [[maybe_unused]] const Grads& grads) {
+#ifdef TENFOLD_CUDA_ARCHS
+  const CudaStream at(grads.value);
+  check_launch(backward_cuda(p, at.device, at.stream));
+  if (!p.grad_references_BMQLN) return;
+  check_launch(sum_heads_cuda(p, grads.references.mutable_data_ptr(), at.device, at.stream));
+#endif
+}
+
+Grads backward(Call& call, bool references_too) {
+  Problem& p = call.p;
+  const bool cpu = call.value.is_cpu();
+  // The CPU kernels add to it, unless they sum in a copy of their own and overwrite it. Those for CUDA add always,
+  // in the type of sums.
+  const bool overwritten = cpu && (p.repack || p.dtype == Dtype::kBfloat16) && !call.nothing_to_do();
+  const Tensor& value_like = cpu ? call.value : call.offsets;
+  const Sizes value_sizes = {p.B, p.S, p.M, p.E};
+  Grads grads{
+      overwritten ? empty(value_like, value_sizes) : zeros(value_like, value_sizes),
+      references_too ? empty(call.offsets, {p.B, p.Q, p.L, p.N}) : empty(call.offsets, {0}),
+      empty(call.offsets, sizes_of(call.offsets)),
+      empty(call.weights, sizes_of(call.weights)),
+  };
+  const Tensor of_heads = references_too ? empty(call.offsets, {p.B, p.M, p.Q, p.L, p.N}) : grads.references;
+  p.grad_value_BSME = grads.value.mutable_data_ptr();
+  p.grad_offsets_BQMLP2 = grads.offsets.mutable_data_ptr();
+  p.grad_weights_BQMLP = grads.weights.mutable_data_ptr();
+  p.grad_references_BMQLN = references_too ? of_heads.mutable_data_ptr() : nullptr;
+  if (!call.nothing_to_do()) cpu ? backward_on_cpu(p, grads) : backward_on_cuda(p, grads);
+  if (!cpu && grads.value.scalar_type() != call.value.scalar_type()) {
+    grads.value = torch::stable::to(grads.value, call.value.scalar_type());
+  }
+  return grads;
+}
+
+Tensor ms_deform_attn(const Tensor& value, Sizes spatial_shapes, const Tensor& sampling_locations,
+                      const Tensor& attention_weights) {
+  Call call(Mode::kLocations, value, spatial_shapes, value, sampling_locations, attention_weights);
+  return forward(call);
+}
+
+Tensor fused_ms_deform_attn(const Tensor& value, Sizes spatial_shapes, const Tensor& reference_points,
+                            const Tensor& sampling_offsets, const Tensor& attention_logits) {
+  Call call(Mode::kPoints, value, spatial_shapes, reference_points, sampling_offsets, attention_logits);
+  return forward(call);
+}
+
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad, const Tensor& value,
+                                                           Sizes spatial_shapes, const Tensor& sampling_locations,
+                                                           const Tensor& attention_weights) {
+  Call call(Mode::kLocations, value, spatial_shapes, value, sampling_locations, attention_weights);
+  call.set_grad_out(grad);
+  const Grads grads = backward(call, false);
+  return {grads.value, grads.offsets, grads.weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_ms_deform_attn_backward(
+    const Tensor& grad, const Tensor& value, Sizes spatial_shapes, const Tensor& reference_points,
+    const Tensor& sampling_offsets, const Tensor& attention_logits, bool references_too) {
+  Call call(Mode::kPoints, value, spatial_shapes, reference_points, sampling_offsets, attention_logits);
+  call.set_grad_out(grad);
+  const Grads grads = backward(call, references_too);
+  return {grads.value, grads.references, grads.offsets, grads.weights};
+}
+
+}  // namespace
+}  // namespace tenfold
+
+STABLE_TORCH_LIBRARY(tenfold, m) {
+  // Gradients come in the order of the arguments; that of reference_points has no elements unless references_too.
+  m.def("ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights)"
+        " -> Tensor");
+  m.def("ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations,"
+        " Tensor attention_weights) -> (Tensor, Tensor, Tensor)");
+  m.def("fused_ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor reference_points,"
+        " Tensor sampling_offsets, Tensor attention_logits) -> Tensor");
+  m.def("fused_ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] spatial_shapes, Tensor reference_points,"
+        " Tensor sampling_offsets, Tensor attention_logits, bool references_too)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+#define TENFOLD_IMPLEMENT(m)                                                               \
+  m.impl("ms_deform_attn", TORCH_BOX(&tenfold::ms_deform_attn));                           \
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&tenfold::ms_deform_attn_backward));         \
+  m.impl("fused_ms_deform_attn", TORCH_BOX(&tenfold::fused_ms_deform_attn));               \
+  m.impl("fused_ms_deform_attn_backward", TORCH_BOX(&tenfold::fused_ms_deform_attn_backward))
+
+STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) { TENFOLD_IMPLEMENT(m); }
+#ifdef TENFOLD_CUDA_ARCHS
+STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) { TENFOLD_IMPLEMENT(m); }
+#endif
+
+// For ops/library.py, through ctypes.
+#define TENFOLD_EXPORT extern "C" __attribute__((visibility("default")))
+
+// isa: "avx512", "avx2", "portable" or "" for the widest; null where this CPU does not run it, else what is used now.
+TENFOLD_EXPORT const char* tenfold_choose_cpu_isa(const char* isa) {
+  return tenfold::choose_cpu_kernels(isa) ? tenfold::cpu_kernels().isa : nullptr;
+}
+
+// The architectures that CUDA kernels are in here for; "" for none.
+TENFOLD_EXPORT const char* tenfold_cuda_archs() {
+#ifdef TENFOLD_CUDA_ARCHS
+  return TENFOLD_CUDA_ARCHS;
+#else
+  return "";
+#endif
+}

@@ -1,0 +1,29 @@
+// The same kernels compiled for several instruction sets, and which of them this machine runs.
+#pragma once
+
+#include "../problem.h"
+
+namespace tenfold {
+
+constexpr int kDone = 0, kOutOfMemory = 1;
+
+// Each works on items [begin, end) of the problem, on one thread, and returns kDone or kOutOfMemory.
+struct CpuKernels {
+  const char* isa;
+  int (*forward)(const Problem&, int64_t begin, int64_t end);       // items: B * M * query_chunks
+  int (*backward)(const Problem&, int64_t begin, int64_t end);      // items: B * M * level_slices
+  int (*softmax_rows)(const Problem&, int64_t begin, int64_t end);  // items: B * Q * M
+};
+
+extern const CpuKernels kPortable;
+#if defined(__x86_64__)
+extern const CpuKernels kAvx2, kAvx512;
+#endif
+
+// The widest that runs here, unless choose_cpu_kernels() chose another.
+const CpuKernels& cpu_kernels();
+
+// isa: "avx512", "avx2", "portable", or "" for the widest. False, and nothing changes, where it cannot run here.
+bool choose_cpu_kernels(const char* isa);
+
+}  // namespace tenfold

@@ -1,0 +1,48 @@
+// What a kernel is told: sizes and addresses. Checked in bindings.cpp; a kernel relies on it.
+#pragma once
+
+#include <cstdint>
+
+namespace tenfold {
+
+// B image, S pixel of all levels, M head, E channel of a head, Q query, L level, P point,
+// N = 2 or 4 numbers of a reference (0: none)
+
+constexpr int kMaxPoints = 512;      // L*P: the kernels keep a query's points in fixed arrays
+constexpr int kMaxSide = 1 << 24;    // H, W: up to here float holds every pixel index
+
+enum class Dtype { kFloat, kBfloat16, kHalf, kDouble };
+
+// What is in offsets_BQMLP2 and weights_BQMLP: locations in [0, 1] and weights, or offsets around reference points
+// or boxes and logits.
+enum class Mode { kLocations, kPoints, kBoxes };
+
+struct Level {
+  int height, width, start;  // start: pixels of the levels before
+};
+
+struct Problem {
+  Mode mode;
+  Dtype dtype;  // of value, out and their gradients; the rest is double where this is, else float
+  int64_t B, S, M, E, Q, L, P, N;
+  const Level* levels_L;
+
+  const void* value_BSME;
+  const void* references_BQLN;  // null in mode kLocations
+  const void* offsets_BQMLP2;
+  const void* weights_BQMLP;
+  void* out_BQME;
+
+  // Backward only.
+  const void* grad_out_BQME;
+  void* grad_value_BSME;
+  void* grad_offsets_BQMLP2;
+  void* grad_weights_BQMLP;
+  void* grad_references_BMQLN;  // per head; null: not asked for
+
+  // How the work is cut. No number in the result depends on it.
+  int64_t query_chunks, level_slices;
+  bool repack;  // copy each head's maps together before they are read
+};
+
+}  // namespace tenfold

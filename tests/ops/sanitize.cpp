@@ -1,0 +1,58 @@
+// Every CPU kernel once over many shapes, on arrays that end where their tensors end, for `make sanitize`: compiled
+// with AddressSanitizer and UBSan, which report what reads or writes outside. No numbers are compared here.
+
+#include <cstdio>
+
+#include "../../ops/csrc/cpu/kernels_of.h"
+#include "problems.h"
+
+using namespace tenfold;
+
+namespace {
+
+int run(const CpuKernels& kernels, Problem p) {
+  const Dtype compute = p.dtype == Dtype::kDouble ? Dtype::kDouble : Dtype::kFloat;
+  const Inputs inputs(p, compute, wild);
+  Outputs outputs(p, compute);
+  inputs.set(p), outputs.set(p);
+  int status = 0;
+  for (const bool repack : {false, true}) {
+    for (const int64_t parts : {int64_t{1}, p.L}) {
+      p.repack = repack, p.query_chunks = p.level_slices = parts;
+      status |= kernels.forward(p, 0, p.B * p.M * parts);
+      status |= kernels.backward(p, 0, p.B * p.M * parts);
+    }
+  }
+  if (p.mode != Mode::kLocations) status |= kernels.softmax_rows(p, 0, p.B * p.Q * p.M);
+  return status;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<std::vector<Level>> pyramids = {
+      {{1, 1, 0}}, {{6, 4, 0}, {3, 8, 24}}, {{5, 9, 0}, {2, 3, 45}, {1, 1, 51}, {1, 7, 52}, {3, 1, 59}}};
+  int cases = 0, failed = 0;
+  for (const char* isa : {"avx512", "avx2", "portable"}) {
+    if (!choose_cpu_kernels(isa)) {
+      std::printf("%s does not run here\n", isa);
+      continue;
+    }
+    for (const auto& levels : pyramids) {
+      for (const Dtype dtype : {Dtype::kFloat, Dtype::kBfloat16, Dtype::kDouble}) {
+        for (const Mode mode : {Mode::kLocations, Mode::kPoints, Mode::kBoxes}) {
+          for (const int64_t width : {1, 5, 16, 32, 37, 64, 70}) {
+            for (const int64_t points : {1, 3, 4, 102}) {
+              Problem p{};
+              p.mode = mode, p.dtype = dtype, p.B = 2, p.M = 3, p.E = width, p.Q = 11, p.P = points;
+              failed += run(cpu_kernels(), completed(p, levels)) != kDone;
+              ++cases;
+            }
+          }
+        }
+      }
+    }
+  }
+  std::printf("%d cases, %d failed\n", cases, failed);
+  return failed != 0 || cases == 0;
+}
