@@ -143,7 +143,8 @@ def test_under_autocast_records_are_float32_and_those_of_the_forward(batch):
                 points, weights = one.attention.looks(*one.inputs)
                 value_BSME = values_of(one.attention.sample, tokens_BSD, pyramid.padding_BS)
                 sampled = reference.ms_deform_attn(value_BSME, pyramid.shapes_hw, points, weights)
-                assert torch.equal(one.attention.sample.output_proj(sampled), out_BQD)
+                projected = one.attention.sample.output_proj(sampled)
+                torch.testing.assert_close(projected, out_BQD, atol=0.01, rtol=0.02)  # two bfloat16 roundings
 
 
 def test_a_layer_is_chosen_and_a_part_without_it_left_out(batch):
