@@ -47,6 +47,7 @@ $(LIBRARY): setup.py $(wildcard ops/csrc/*.* ops/csrc/*/*) | $(INSTALLED)
 	@echo "building $@"
 	@'$(PYTHON)' setup.py -q build_ext --inplace
 
+quickstart: export TENFOLD_CUDA_ARCHS ?= native
 quickstart: build  ## from nothing to a trained detector, its AP and its pictures; DATA=FOLDER: your own images, ARGS=key=value
 	@PYTHON='$(PYTHON)' DATA='$(DATA)' ARGS='$(ARGS)' launch/quickstart.sh
 

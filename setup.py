@@ -8,7 +8,8 @@ Without isolation, so that pip builds against the torch that is installed instea
     python setup.py build_ext --inplace                  # the library alone; `make build` does it when needed
 
 needs a C++17 compiler, g++ or what CXX names. Where nvcc is on the PATH, or in bin/ of CUDA_HOME, CUDA kernels are
-compiled for TENFOLD_CUDA_ARCHS: "80 90" unless set, with PTX of the last; "none" for none.
+compiled for TENFOLD_CUDA_ARCHS: "80 90" unless set, with PTX of the last; "native" for the GPUs of this machine,
+"none" for none.
 """
 
 import os
@@ -130,9 +131,18 @@ def cuda_archs() -> list[str]:
     archs = os.environ.get("TENFOLD_CUDA_ARCHS", "80 90").replace(";", " ").replace(",", " ").split()
     if archs == ["none"] or not nvcc():
         return []
+    if archs == ["native"]:
+        return gpus()
     if not archs or not all(re.fullmatch(r"[0-9]{2,3}[a-z]?", arch) for arch in archs):
-        sys.exit(f"error: TENFOLD_CUDA_ARCHS: {' '.join(archs)!r}, expected numbers like 80 90, or none")
+        sys.exit(f"error: TENFOLD_CUDA_ARCHS: {' '.join(archs)!r}, expected numbers like 80 90, native or none")
     return archs
+
+
+def gpus() -> list[str]:
+    import torch
+
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}{minor}" for major, minor in sorted(found)]
 
 
 def nvcc_command() -> list[str]:

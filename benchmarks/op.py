@@ -11,6 +11,7 @@ Writes docs/results/op.{json,md}.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -168,6 +169,7 @@ def extra_mib(side: Side) -> dict[str, float]:
     tensors = arguments(S, torch.float32)
     with torch.no_grad():
         side([*arguments(3, torch.float32)])  # what is loaded at first use
+        ctypes.CDLL(None).malloc_trim(0)  # or it would be done in memory that is free already
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts at what is resident now
         before = resident_mib("VmHWM")

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <sstream>
 #include <stdexcept>
@@ -180,14 +181,16 @@ struct Call {
 
 // --- CPU ---
 
-using Items = int (*)(const Problem&, int64_t, int64_t);
+using Kernel = int (*)(const Problem&, int64_t*, int64_t);
 
-void in_parallel(const Problem& p, Items kernel, int64_t items, int64_t work_of_item) {
+// Threads take item after item: one that the system interrupts does not hold the others up for long.
+void in_parallel(const Problem& p, Kernel kernel, int64_t items, int64_t work_of_item) {
   constexpr int64_t kWorthAThread = 1 << 16;  // multiply-adds
-  const int64_t grain = 1 + kWorthAThread / (work_of_item + 1);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + items * work_of_item / kWorthAThread);
+  int64_t next = 0;
   std::atomic<int> status{kDone};
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    const int result = begin < end ? kernel(p, begin, end) : kDone;
+  torch::stable::parallel_for(0, std::min(threads, items), 1, [&](int64_t begin, int64_t end) {
+    const int result = begin < end ? kernel(p, &next, items) : kDone;
     if (result != kDone) status = result;
   });
   if (status != kDone) fail("out of memory for ", p.S, " x ", p.E, " sums a thread");
@@ -207,7 +210,7 @@ void backward_cpu(Problem& p) {
   const CpuKernels& kernels = cpu_kernels();
   in_parallel(p, kernels.backward, owners * p.level_slices, work);
   if (p.mode != Mode::kLocations && p.level_slices > 1) {
-    in_parallel(p, kernels.softmax_rows, p.B * p.Q * p.M, p.L * p.P * 16);
+    in_parallel(p, kernels.softmax_rows, p.B * p.Q, p.M * p.L * p.P * 16);
   }
 }
 

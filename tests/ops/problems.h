@@ -79,4 +79,10 @@ struct Outputs {
   }
 };
 
+// A kernel over all items.
+inline int all(int (*kernel)(const Problem&, int64_t*, int64_t), const Problem& p, int64_t items) {
+  int64_t next = 0;
+  return kernel(p, &next, items);
+}
+
 }  // namespace tenfold

@@ -19,11 +19,11 @@ int run(const CpuKernels& kernels, Problem p) {
   for (const bool repack : {false, true}) {
     for (const int64_t parts : {int64_t{1}, p.L}) {
       p.repack = repack, p.query_chunks = p.level_slices = parts;
-      status |= kernels.forward(p, 0, p.B * p.M * parts);
-      status |= kernels.backward(p, 0, p.B * p.M * parts);
+      status |= all(kernels.forward, p, p.B * p.M * parts);
+      status |= all(kernels.backward, p, p.B * p.M * parts);
     }
   }
-  if (p.mode != Mode::kLocations) status |= kernels.softmax_rows(p, 0, p.B * p.Q * p.M);
+  if (p.mode != Mode::kLocations) status |= all(kernels.softmax_rows, p, p.B * p.Q);
   return status;
 }
 

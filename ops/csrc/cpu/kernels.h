@@ -352,9 +352,12 @@ class Scratch {
   void* memory_;
 };
 
+// The next item that no thread has taken.
+TENFOLD_INLINE int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+
 // An item is one of the query_chunks of one head of one image.
 template <class V, class A, int kWidth>
-static int forward_items(const Problem& p, int64_t begin, int64_t end) {
+static int forward_items(const Problem& p, int64_t* next, int64_t items) {
   const int64_t pixel = p.M * p.E;
   // A copy lies in A: the conversion of bfloat16 is paid once for a row, which is read many times.
   constexpr bool kSame = sizeof(V) == sizeof(A), kCanCopy = kSame || kWidth != 0;
@@ -366,7 +369,7 @@ static int forward_items(const Problem& p, int64_t begin, int64_t end) {
   work.set(p, 0, static_cast<int>(p.L), copy ? p.E : pixel);
   const int count = work.points.count;
   int64_t copied = -1;
-  for (int64_t item = begin; item < end; ++item) {
+  for (int64_t item = take(next); item < items; item = take(next)) {
     const int64_t owner = item / p.query_chunks, chunk = item % p.query_chunks;
     const int64_t image = owner / p.M, head = owner % p.M;
     const V* value = static_cast<const V*>(p.value_BSME) + image * p.S * pixel + head * p.E;
@@ -499,7 +502,7 @@ static void write_gradients(const Problem& p, Workspace<A>& work, int64_t image,
 // An item is one of the level_slices of one head of one image: the only one to touch that part of grad_value, so
 // that the order of sums depends on nothing.
 template <class V, class A, int kWidth>
-static int backward_items(const Problem& p, int64_t begin, int64_t end) {
+static int backward_items(const Problem& p, int64_t* next, int64_t items) {
   const int64_t pixel = p.M * p.E;
   const bool repack = p.repack || sizeof(V) != sizeof(A);  // sums of bfloat16 need float to be kept in
   const size_t map = repack ? sizeof(A) * p.S * p.E : 0;
@@ -507,7 +510,7 @@ static int backward_items(const Problem& p, int64_t begin, int64_t end) {
   if (!memory.get() || (repack && !(value_copy.get() && grad_copy.get()))) return kOutOfMemory;
   auto& work = *static_cast<Workspace<A>*>(memory.get());
   A* grad_out = reinterpret_cast<A*>(&work + 1);
-  for (int64_t item = begin; item < end; ++item) {
+  for (int64_t item = take(next); item < items; item = take(next)) {
     const int64_t owner = item / p.level_slices, slice = item % p.level_slices;
     const int64_t image = owner / p.M, head = owner % p.M;
     const int first = static_cast<int>(p.L * slice / p.level_slices);
@@ -545,48 +548,51 @@ static int backward_items(const Problem& p, int64_t begin, int64_t end) {
   return kDone;
 }
 
-// Rows (b, q, m) of grad_weights hold gradients of weights, from several slices: make them those of the logits.
+// The rows of grad_weights hold gradients of weights, from several slices: make them those of the logits. An item is
+// one query.
 template <class A>
-static int softmax_items(const Problem& p, int64_t begin, int64_t end) {
+static int softmax_items(const Problem& p, int64_t* next, int64_t items) {
   const int count = static_cast<int>(p.L * p.P);
   alignas(64) A padded[kPadded], weights[kPadded], grads[kPadded];
   const A* all = static_cast<const A*>(p.weights_BQMLP);
-  for (int64_t row = begin; row < end; ++row) {
-    softmax<A>(whole_vectors<A>(all + row * count, count, all + p.B * p.Q * p.M * count, padded), count, weights);
-    A* grad = static_cast<A*>(p.grad_weights_BQMLP) + row * count;
-    std::memcpy(grads, grad, sizeof(A) * count);
-    std::memset(grads + count, 0, sizeof(A) * kLanes<A>);
-    softmax_backward<A>(weights, count, grads);
-    std::memcpy(grad, grads, sizeof(A) * count);
+  for (int64_t item = take(next); item < items; item = take(next)) {
+    for (int64_t row = item * p.M; row < (item + 1) * p.M; ++row) {
+      softmax<A>(whole_vectors<A>(all + row * count, count, all + p.B * p.Q * p.M * count, padded), count, weights);
+      A* grad = static_cast<A*>(p.grad_weights_BQMLP) + row * count;
+      std::memcpy(grads, grad, sizeof(A) * count);
+      std::memset(grads + count, 0, sizeof(A) * kLanes<A>);
+      softmax_backward<A>(weights, count, grads);
+      std::memcpy(grad, grads, sizeof(A) * count);
+    }
   }
   return kDone;
 }
 
-#define TENFOLD_BY_WIDTH(items, V, A)                    \
-  switch (p.E) {                                         \
-    case 16:                                             \
-      return items<V, A, 16>(p, begin, end);             \
-    case 32:                                             \
-      return items<V, A, 32>(p, begin, end);             \
-    case 64:                                             \
-      return items<V, A, 64>(p, begin, end);             \
-    default:                                             \
-      return items<V, A, 0>(p, begin, end);              \
+#define TENFOLD_BY_WIDTH(kernel, V, A)             \
+  switch (p.E) {                                   \
+    case 16:                                       \
+      return kernel<V, A, 16>(p, next, items);     \
+    case 32:                                       \
+      return kernel<V, A, 32>(p, next, items);     \
+    case 64:                                       \
+      return kernel<V, A, 64>(p, next, items);     \
+    default:                                       \
+      return kernel<V, A, 0>(p, next, items);      \
   }
-#define TENFOLD_BY_DTYPE(items)                          \
-  switch (p.dtype) {                                     \
-    case Dtype::kDouble:                                 \
-      TENFOLD_BY_WIDTH(items, double, double)            \
-    case Dtype::kBfloat16:                               \
-      TENFOLD_BY_WIDTH(items, bfloat16, float)           \
-    default:                                             \
-      TENFOLD_BY_WIDTH(items, float, float)              \
+#define TENFOLD_BY_DTYPE(kernel)                   \
+  switch (p.dtype) {                               \
+    case Dtype::kDouble:                           \
+      TENFOLD_BY_WIDTH(kernel, double, double)     \
+    case Dtype::kBfloat16:                         \
+      TENFOLD_BY_WIDTH(kernel, bfloat16, float)    \
+    default:                                       \
+      TENFOLD_BY_WIDTH(kernel, float, float)       \
   }
 
-int forward(const Problem& p, int64_t begin, int64_t end) { TENFOLD_BY_DTYPE(forward_items) }
-int backward(const Problem& p, int64_t begin, int64_t end) { TENFOLD_BY_DTYPE(backward_items) }
-int softmax_rows(const Problem& p, int64_t begin, int64_t end) {
-  return p.dtype == Dtype::kDouble ? softmax_items<double>(p, begin, end) : softmax_items<float>(p, begin, end);
+int forward(const Problem& p, int64_t* next, int64_t items) { TENFOLD_BY_DTYPE(forward_items) }
+int backward(const Problem& p, int64_t* next, int64_t items) { TENFOLD_BY_DTYPE(backward_items) }
+int softmax_rows(const Problem& p, int64_t* next, int64_t items) {
+  return p.dtype == Dtype::kDouble ? softmax_items<double>(p, next, items) : softmax_items<float>(p, next, items);
 }
 
 }  // namespace

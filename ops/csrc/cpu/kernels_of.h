@@ -7,12 +7,13 @@ namespace tenfold {
 
 constexpr int kDone = 0, kOutOfMemory = 1;
 
-// Each works on items [begin, end) of the problem, on one thread, and returns kDone or kOutOfMemory.
+// Each takes items of the problem until none is left, on one thread of those that share `next`, which starts at 0;
+// returns kDone or kOutOfMemory. Who takes an item changes no number.
 struct CpuKernels {
   const char* isa;
-  int (*forward)(const Problem&, int64_t begin, int64_t end);       // items: B * M * query_chunks
-  int (*backward)(const Problem&, int64_t begin, int64_t end);      // items: B * M * level_slices
-  int (*softmax_rows)(const Problem&, int64_t begin, int64_t end);  // items: B * Q * M
+  int (*forward)(const Problem&, int64_t* next, int64_t items);       // items: B * M * query_chunks
+  int (*backward)(const Problem&, int64_t* next, int64_t items);      // items: B * M * level_slices
+  int (*softmax_rows)(const Problem&, int64_t* next, int64_t items);  // items: B * Q
 };
 
 extern const CpuKernels kPortable;
