@@ -1,13 +1,13 @@
 """The fused operator on the CPU against eager grid_sample: seconds of both sides in one run, their ratios, memory.
 
-    python -m benchmarks.op [--repeats N] [--threads T]
+    python -m benchmarks.op [--repeats N] [--threads T] [--device cpu|cuda]
 
 Shapes of COCO at 800 x 1333: 22,223 tokens in four levels, 8 heads of 32 channels, 4 points; encoder: a query for
 each token; decoder: 300 queries. Every instruction set of this machine, float32 and bfloat16; both sides begin with
 offsets and logits and end with gradients of value, offsets and logits. `reference` is ops.reference; `stacked` the
 common way to write it, which keeps the samples of all levels. Sides take turns, and medians are compared. Once with
 the allocator as it is, once with one that keeps its memory: half of grid_sample's time is page faults otherwise.
-Writes docs/results/op.{json,md}.
+Writes docs/results/op.{json,md}. On a GPU (docs/results/gpu-op.{json,md}): the same sides, with float16 too.
 """
 
 import argparse
@@ -42,11 +42,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--part", choices=["time", *sides()], help="of the work, in this process; prints JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.part:
         print(json.dumps(times(args.repeats) if args.part == "time" else extra_mib(sides()[args.part])))
+        return 0
+    if args.device == "cuda":
+        gpu = {"rows": times_on_gpu(args.repeats), "gpu": torch.cuda.get_device_name()}
+        write("gpu-op", "On a GPU: op", "times", gpu, f"python -m benchmarks.op --device cuda --repeats {args.repeats}")
         return 0
     command = f"python -m benchmarks.op --repeats {args.repeats} --threads {args.threads}"
     for name, environment in ALLOCATORS.items():
@@ -119,6 +124,18 @@ def times(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def times_on_gpu(repeats: int) -> list[dict[str, Any]]:
+    """Medians of every shape and dtype, after a first run that does not count."""
+    rows = []
+    for shape, num_queries in QUERIES.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            tensors = [tensor.cuda() for tensor in arguments(num_queries, dtype)]
+            runs = {name: [step(side, tensors) for _ in range(1 + repeats)][1:] for name, side in sides().items()}
+            medians = {name: median_ms(seconds) for name, seconds in runs.items()}
+            rows.append({"shape": shape, "dtype": name_of(dtype)} | ratios(medians["fused"], medians))
+    return rows
+
+
 def compare(shape: str, tensors: list[Tensor], repeats: int) -> list[dict[str, Any]]:
     """Medians of one shape and dtype: a row for each instruction set, with the ratios to both eager ways."""
     isas = [isa for isa in library.ISAS if runs_here(isa)]
@@ -129,19 +146,28 @@ def compare(shape: str, tensors: list[Tensor], repeats: int) -> list[dict[str, A
             seconds[isa] += [step(sides()["fused"], tensors) for _ in range(3)]
         for name in ("reference", "stacked"):
             seconds[name].append(step(sides()[name], tensors))
-    medians = {
-        name: [1e3 * statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in seconds.items()
-    }
-    rows = []
-    for isa in isas:
-        row: dict[str, Any] = {"shape": shape, "dtype": str(tensors[0].dtype).removeprefix("torch."), "isa": isa}
-        for i, way in enumerate(("forward", "backward")):
-            row[f"{way} ms"] = medians[isa][i]
-            for name in ("reference", "stacked"):
-                row[f"{way}, {name} ms"] = medians[name][i]
-                row[f"{way}, times faster than {name}"] = medians[name][i] / medians[isa][i]
-        rows.append(row)
-    return rows
+    medians = {name: median_ms(runs) for name, runs in seconds.items()}
+    head = {"shape": shape, "dtype": name_of(tensors[0].dtype)}
+    return [head | {"isa": isa} | ratios(medians[isa], medians) for isa in isas]
+
+
+def ratios(own: list[float], medians: dict[str, list[float]]) -> dict[str, float]:
+    """Columns: forward and backward of one side, of the eager ones, and how many times faster it is."""
+    columns = {}
+    for i, way in enumerate(("forward", "backward")):
+        columns[f"{way} ms"] = own[i]
+        for name in ("reference", "stacked"):
+            columns[f"{way}, {name} ms"] = medians[name][i]
+            columns[f"{way}, times faster than {name}"] = medians[name][i] / own[i]
+    return columns
+
+
+def median_ms(runs: list[tuple[float, float]]) -> list[float]:
+    return [1e3 * statistics.median(column) for column in zip(*runs, strict=True)]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def runs_here(isa: str) -> bool:
@@ -155,13 +181,19 @@ def step(side: Side, tensors: list[Tensor]) -> tuple[float, float]:
     """Seconds of a forward, and of its backward."""
     value, references, offsets, logits = tensors
     leaves = [t.detach().requires_grad_() for t in (value, offsets, logits)]
-    started = time.perf_counter()
+    started = now(value.device)
     out = side([leaves[0], references, *leaves[1:]])
-    between = time.perf_counter()
+    between = now(value.device)
     grad = torch.ones_like(out)
-    resumed = time.perf_counter()
+    resumed = now(value.device)
     torch.autograd.grad(out, leaves, grad)
-    return between - started, time.perf_counter() - resumed
+    return between - started, now(value.device) - resumed
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def extra_mib(side: Side) -> dict[str, float]:
