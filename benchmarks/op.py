@@ -55,8 +55,9 @@ def main() -> int:
         return 0
     command = f"python -m benchmarks.op --repeats {args.repeats} --threads {args.threads}"
     for name, environment in ALLOCATORS.items():
+        load = os.getloadavg()[0]  # where others work too, two threads wait for each other
         rows = in_process("time", args, environment)
-        write("op", TITLE, f"allocator: {name}", {"rows": rows, "threads": args.threads}, command)
+        write("op", TITLE, f"allocator: {name}", {"rows": rows, "threads": args.threads, "load before": load}, command)
     memory = {name: in_process(name, args, {}) for name in sides()}
     write("op", TITLE, "MiB that the encoder's forward takes beyond its arguments", memory, command)
     return 0
