@@ -32,7 +32,7 @@ if [ "$name" != quickstart ]; then
   mapfile -t -O "${#own[@]}" own < <("$python" - "$shards/train" <<'PY'
 import sys
 from data_tools.sample import read_manifest
-part = max(1, round(436 / 4 / max(1, read_manifest(sys.argv[1]).images // 16)))
+part = max(1, round(545 / 4 / max(1, read_manifest(sys.argv[1]).images // 16)))
 print(f"train.epochs={4 * part}", f"train.lr_drop_epochs=[{3 * part}]", f"eval.every={part}", sep="\n")
 PY
 )
