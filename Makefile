@@ -69,6 +69,8 @@ format: env  ## format the code and mend what the linter can
 bench: build  ## the figures in docs/results/ (real data is read through TENFOLD_DATA)
 	@'$(PYTHON)' -m benchmarks.flops
 	@'$(PYTHON)' -m benchmarks.op
+	@'$(PYTHON)' -m benchmarks.precision
+	@'$(PYTHON)' -m benchmarks.train_step
 	@'$(PYTHON)' -m benchmarks.real_data
 
 # PARTS="op ..."; empty: all of them

@@ -45,7 +45,7 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "dev": ["pytest", "hypothesis", "ruff", "mypy", "clang-format", "faster-coco-eval"],
+    "dev": ["pytest", "hypothesis", "ruff", "mypy", "clang-format", "faster-coco-eval", "matplotlib"],
     # The same COCO numbers as pycocotools, about 9 times faster.
     "fast": ["faster-coco-eval"],
     # NVIDIA's apex, from its repository: the "apex" of PyPI is another project. Its kernels, which are all

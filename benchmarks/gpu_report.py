@@ -25,6 +25,7 @@ PARTS = {
     "op": [
         ["setup.py", "-q", "build_ext", "--inplace"],
         ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops"],
+        ["-m", "benchmarks.precision", "--device", "cuda"],
         ["-m", "benchmarks.op", "--device", "cuda"],
     ],
 }

@@ -5,9 +5,11 @@
 Shapes of COCO at 800 x 1333: 22,223 tokens in four levels, 8 heads of 32 channels, 4 points; encoder: a query for
 each token; decoder: 300 queries. Every instruction set of this machine, float32 and bfloat16; both sides begin with
 offsets and logits and end with gradients of value, offsets and logits. `reference` is ops.reference; `stacked` the
-common way to write it, which keeps the samples of all levels. Sides take turns, and medians are compared. Once with
-the allocator as it is, once with one that keeps its memory: half of grid_sample's time is page faults otherwise.
-Writes docs/results/op.{json,md}. On a GPU (docs/results/gpu-op.{json,md}): the same sides, with float16 too.
+common way to write it, which keeps the samples of all levels. Sides take turns: some
+forwards in a row, then some backwards; medians are compared. Once with the allocator as it is, once with one that
+keeps its memory: half of grid_sample's time is page faults otherwise. Beside each time its limit: see `limit_ms`.
+Writes docs/results/op.{json,md} and the plot op.png. On a GPU (docs/results/gpu-op.{json,md}): the same sides, with
+float16 too.
 """
 
 import argparse
@@ -19,13 +21,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.results import ROOT, write
+from benchmarks.results import RESULTS, ROOT, write
 from ops import compiled, library, reference
 
 # B image, S token of all levels, M head, E channel of a head, Q query, L level, P point, G = B*M
@@ -33,6 +36,7 @@ from ops import compiled, library, reference
 SIZES_HW = [(100, 167), (50, 84), (25, 42), (13, 21)]
 S, M, E, L, P = sum(h * w for h, w in SIZES_HW), 8, 32, 4, 4
 QUERIES = {"encoder": S, "decoder": 300}
+IN_A_ROW = 5  # runs of a side before it is another's turn
 # glibc: nothing comes from mmap, nothing is given back.
 ALLOCATORS = {"default": {}, "keeps memory": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}}
 Side = Callable[[list[Tensor]], Tensor]
@@ -40,7 +44,7 @@ Side = Callable[[list[Tensor]], Tensor]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--part", choices=["time", *sides()], help="of the work, in this process; prints JSON")
@@ -51,12 +55,13 @@ def main() -> int:
         return 0
     if args.device == "cuda":
         gpu = {"rows": times_on_gpu(args.repeats), "gpu": torch.cuda.get_device_name()}
-        write("gpu-op", "On a GPU: op", "times", gpu, f"python -m benchmarks.op --device cuda --repeats {args.repeats}")
+        write("gpu-op", TITLE_ON_GPU, "times", gpu, f"python -m benchmarks.op --device cuda --repeats {args.repeats}")
         return 0
     command = f"python -m benchmarks.op --repeats {args.repeats} --threads {args.threads}"
     for name, environment in ALLOCATORS.items():
         load = os.getloadavg()[0]  # where others work too, two threads wait for each other
         rows = in_process("time", args, environment)
+        draw(rows, f"op, {args.threads} threads, allocator: {name}", RESULTS / f"op-{name.replace(' ', '-')}.png")
         write("op", TITLE, f"allocator: {name}", {"rows": rows, "threads": args.threads, "load before": load}, command)
     memory = {name: in_process(name, args, {}) for name in sides()}
     write("op", TITLE, "MiB that the encoder's forward takes beyond its arguments", memory, command)
@@ -64,6 +69,7 @@ def main() -> int:
 
 
 TITLE = "The operator on the CPU against eager grid_sample"
+TITLE_ON_GPU = "On a GPU: op"  # as benchmarks.gpu_report names its part
 
 
 def in_process(part: str, args: argparse.Namespace, environment: dict[str, str]) -> Any:
@@ -131,10 +137,57 @@ def times_on_gpu(repeats: int) -> list[dict[str, Any]]:
     for shape, num_queries in QUERIES.items():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             tensors = [tensor.cuda() for tensor in arguments(num_queries, dtype)]
-            runs = {name: [step(side, tensors) for _ in range(1 + repeats)][1:] for name, side in sides().items()}
+            runs = {name: seconds_of(side, tensors, 1 + repeats)[1:] for name, side in sides().items()}
             medians = {name: median_ms(seconds) for name, seconds in runs.items()}
             rows.append({"shape": shape, "dtype": name_of(dtype)} | ratios(medians["fused"], medians))
     return rows
+
+
+def limit_ms(num_queries: int, value_bytes: int, bytes_per_s: float, flop_per_s: float) -> list[float]:
+    """What forward and backward take at least: the longer of moving each number once and of multiplying and adding.
+
+    Forward: value, offsets and logits are read and the output is written; backward: with the output's gradient they
+    are read, and their gradients written. Where queries are few, their rows stand for value. Four corners of a point;
+    twice that in the backward, for the gradients of value and of the weights.
+    """
+    points = num_queries * M * L * P
+    value = value_bytes * min(S * M, 4 * points) * E
+    output, given = value_bytes * num_queries * M * E, 4 * 3 * points
+    flop = 2 * 4 * points * E
+    forward = max((value + output + given) / bytes_per_s, flop / flop_per_s)
+    return [1e3 * forward, 1e3 * max((2 * value + output + 2 * given) / bytes_per_s, 2 * flop / flop_per_s)]
+
+
+def speed_of_machine() -> tuple[float, float]:
+    """Bytes per second of a copy in memory, read and written; float32 operations per second of a matrix product."""
+    source, square = torch.randn(S * M * E * 4), torch.randn(2048, 2048)
+    target = torch.empty_like(source)
+    copy_s = statistics.median(timed(lambda: target.copy_(source), 15, source.device))
+    product_s = statistics.median(timed(lambda: square @ square, 7, source.device))
+    return 2 * source.nbytes / copy_s, 2 * 2048**3 / product_s
+
+
+def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Achieved against limit: the share of each kernel's time that its limit is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    names = [f"{row['shape']} {row['dtype']} {row['isa']}" for row in rows]
+    for i, way in enumerate(("forward", "backward")):
+        own, limits = ([row[f"{way}{what} ms"] for row in rows] for what in ("", " limit"))
+        axes[i].barh(names, own, color="#9ecae1", label="achieved")
+        axes[i].barh(names, limits, color="#08519c", height=0.4, label="limit of memory or arithmetic")
+        for at, (took, least) in enumerate(zip(own, limits, strict=True)):
+            axes[i].text(took, at, f" {took:.3g} ms, {least / took:.0%}", va="center", fontsize=8)
+        axes[i].set(xscale="log", xlabel="ms", title=way, xlim=(min(limits) / 2, max(own) * 8))
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def compare(shape: str, tensors: list[Tensor], repeats: int) -> list[dict[str, Any]]:
@@ -144,12 +197,14 @@ def compare(shape: str, tensors: list[Tensor], repeats: int) -> list[dict[str, A
     for _ in range(repeats):
         for isa in isas:
             library.choose_cpu_isa(isa)
-            seconds[isa] += [step(sides()["fused"], tensors) for _ in range(3)]
+            seconds[isa] += seconds_of(sides()["fused"], tensors, IN_A_ROW)
         for name in ("reference", "stacked"):
-            seconds[name].append(step(sides()[name], tensors))
+            seconds[name] += seconds_of(sides()[name], tensors, IN_A_ROW)
     medians = {name: median_ms(runs) for name, runs in seconds.items()}
     head = {"shape": shape, "dtype": name_of(tensors[0].dtype)}
-    return [head | {"isa": isa} | ratios(medians[isa], medians) for isa in isas]
+    limits = limit_ms(QUERIES[shape], tensors[0].element_size(), *speed_of_machine())
+    limit = {"forward limit ms": limits[0], "backward limit ms": limits[1]}
+    return [head | {"isa": isa} | ratios(medians[isa], medians) | limit for isa in isas]
 
 
 def ratios(own: list[float], medians: dict[str, list[float]]) -> dict[str, float]:
@@ -178,17 +233,32 @@ def runs_here(isa: str) -> bool:
         return False
 
 
-def step(side: Side, tensors: list[Tensor]) -> tuple[float, float]:
-    """Seconds of a forward, and of its backward."""
+def seconds_of(side: Side, tensors: list[Tensor], runs: int) -> list[tuple[float, float]]:
+    """Seconds of some forwards in a row, and of as many backwards of one of them."""
     value, references, offsets, logits = tensors
     leaves = [t.detach().requires_grad_() for t in (value, offsets, logits)]
-    started = now(value.device)
-    out = side([leaves[0], references, *leaves[1:]])
-    between = now(value.device)
+
+    def forward() -> Tensor:
+        return side([leaves[0], references, *leaves[1:]])
+
+    out = forward()
     grad = torch.ones_like(out)
-    resumed = now(value.device)
-    torch.autograd.grad(out, leaves, grad)
-    return between - started, now(value.device) - resumed
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    device = value.device
+    return list(zip(timed(forward, runs, device), timed(backward, runs, device), strict=True))
+
+
+def timed(work: Callable[[], object], runs: int, device: torch.device) -> list[float]:
+    seconds = []
+    for _ in range(runs):
+        started = now(device)
+        result = work()
+        seconds.append(now(device) - started)
+        del result
+    return seconds
 
 
 def now(device: torch.device) -> float:

@@ -175,7 +175,7 @@ struct Call {
     // Worth it where rows are read several times; a row of one head may lie a multiple of 4096 bytes from the next,
     // which keeps a cache from holding many.
     p.repack = p.M > 1 && p.Q * 8 >= p.S;
-    p.query_chunks = p.level_slices = 1;
+    p.head_groups = p.query_chunks = p.level_slices = 1;
   }
 };
 
@@ -196,19 +196,24 @@ void in_parallel(const Problem& p, Kernel kernel, int64_t items, int64_t work_of
   if (status != kDone) fail("out of memory for ", p.S, " x ", p.E, " sums a thread");
 }
 
+int64_t parts_for(int64_t threads, int64_t items) { return (threads + items - 1) / items; }
+
 void forward_cpu(Problem& p) {
-  const int64_t owners = p.B * p.M, threads = torch::stable::get_num_threads();
-  if (owners < 2 * threads) p.query_chunks = std::min((2 * threads + owners - 1) / owners, 1 + p.Q / 32);
-  const int64_t work = p.Q * p.L * p.P * p.E * 4 / p.query_chunks;
-  in_parallel(p, cpu_kernels().forward, owners * p.query_chunks, work);
+  p.head_groups = p.repack ? p.M : 1;
+  const int64_t items = p.B * p.head_groups;
+  p.query_chunks = std::min(parts_for(4 * torch::stable::get_num_threads(), items), 1 + p.Q / 32);
+  const int64_t work = p.Q * p.L * p.P * p.M * p.E * 4 / p.head_groups / p.query_chunks;
+  in_parallel(p, cpu_kernels().forward, items * p.query_chunks, work);
 }
 
 void backward_cpu(Problem& p) {
-  const int64_t owners = p.B * p.M, threads = torch::stable::get_num_threads();
-  if (owners < threads) p.level_slices = std::min((threads + owners - 1) / owners, p.L);
-  const int64_t work = (p.Q * p.P * 8 + p.S) * p.L * p.E / p.level_slices;
+  const int64_t threads = torch::stable::get_num_threads();
+  p.head_groups = p.repack ? p.M : std::min(parts_for(threads, p.B), p.M);
+  const int64_t items = p.B * p.head_groups;
+  p.level_slices = std::min(parts_for(threads, items), p.L);
+  const int64_t work = (p.Q * p.P * 8 + p.S) * p.L * p.M * p.E / p.head_groups / p.level_slices;
   const CpuKernels& kernels = cpu_kernels();
-  in_parallel(p, kernels.backward, owners * p.level_slices, work);
+  in_parallel(p, kernels.backward, items * p.level_slices, work);
   if (p.mode != Mode::kLocations && p.level_slices > 1) {
     in_parallel(p, kernels.softmax_rows, p.B * p.Q, p.M * p.L * p.P * 16);
   }
@@ -294,7 +299,8 @@ Grads backward(Call& call, bool references_too) {
   const bool cpu = call.value.is_cpu();
   // The CPU kernels add to it, unless they sum in a copy of their own and overwrite it. Those for CUDA add always,
   // in the type of sums.
-  const bool overwritten = cpu && (p.repack || p.dtype == Dtype::kBfloat16) && !call.nothing_to_do();
+  if (cpu && p.dtype == Dtype::kBfloat16) p.repack = true;
+  const bool overwritten = cpu && p.repack && !call.nothing_to_do();
   const Tensor& value_like = cpu ? call.value : call.offsets;
   const Sizes value_sizes = {p.B, p.S, p.M, p.E};
   Grads grads{

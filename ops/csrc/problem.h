@@ -41,8 +41,9 @@ struct Problem {
   void* grad_references_BMQLN;  // per head; null: not asked for
 
   // How the work is cut. No number in the result depends on it.
-  int64_t query_chunks, level_slices;
-  bool repack;  // copy each head's maps together before they are read
+  int64_t head_groups, query_chunks, level_slices;
+  bool repack;  // copy a head's maps together before they are read: every head is a group, and in the backward of
+                // bfloat16 there is no other way
 };
 
 }  // namespace tenfold

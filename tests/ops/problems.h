@@ -45,7 +45,7 @@ inline Problem completed(Problem p, const std::vector<Level>& levels) {
   p.levels_L = levels.data(), p.L = static_cast<int64_t>(levels.size());
   p.S = levels.back().start + levels.back().height * levels.back().width;
   p.N = p.mode == Mode::kLocations ? 0 : p.mode == Mode::kPoints ? 2 : 4;
-  p.query_chunks = p.level_slices = 1;
+  p.head_groups = p.query_chunks = p.level_slices = 1;
   return p;
 }
 

@@ -16,11 +16,15 @@ int run(const CpuKernels& kernels, Problem p) {
   Outputs outputs(p, compute);
   inputs.set(p), outputs.set(p);
   int status = 0;
-  for (const bool repack : {false, true}) {
+  for (const int64_t groups : {int64_t{1}, int64_t{2}, p.M}) {
     for (const int64_t parts : {int64_t{1}, p.L}) {
-      p.repack = repack, p.query_chunks = p.level_slices = parts;
-      status |= all(kernels.forward, p, p.B * p.M * parts);
-      status |= all(kernels.backward, p, p.B * p.M * parts);
+      p.head_groups = groups, p.query_chunks = p.level_slices = parts;
+      for (const bool repack : {false, true}) {
+        if (repack && groups < p.M) continue;
+        p.repack = repack;
+        status |= all(kernels.forward, p, p.B * groups * parts);
+        if (repack || p.dtype != Dtype::kBfloat16) status |= all(kernels.backward, p, p.B * groups * parts);
+      }
     }
   }
   if (p.mode != Mode::kLocations) status |= all(kernels.softmax_rows, p, p.B * p.Q);

@@ -79,11 +79,12 @@ def test_copied_heads_give_the_bits_of_heads_read_in_place(isa, width, dtype):
     assert torch.equal(case.run(compiled)[:, :1], few.run(compiled))
 
 
+@pytest.mark.parametrize("height", [9, 99], ids=["copied", "in place"])
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
-def test_bits_do_not_depend_on_the_number_of_threads(isa, mode, heads, threads):
-    """More threads than heads cut the queries and the levels; enough work that each gets a part."""
-    case = make(mode, B=1, Q=700, M=heads, E=32, sizes_hw=[(9, 31), (11, 5), (2, 3)], dtype=torch.float32)
+def test_bits_do_not_depend_on_the_number_of_threads(isa, mode, heads, height, threads):
+    """More threads than heads cut the queries, the heads and the levels; enough work that each gets a part."""
+    case = make(mode, B=1, Q=350, M=heads, E=32, sizes_hw=[(height, 31), (11, 5), (2, 3)], dtype=torch.float32)
     threads(1)
     expected = case.results(compiled)
     for count in (2, 3, 7):

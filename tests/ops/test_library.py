@@ -1,6 +1,7 @@
 """What torch knows of the operators, what they say to what does not fit when called directly; a missing library."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -180,3 +181,12 @@ def test_environment_chooses(tmp_path):
     for name in ("TENFOLD_CPU_ISA", "TENFOLD_OP"):
         found = use(root, **{name: "wrong"})
         assert found.returncode == 1 and f"ValueError: {name}: 'wrong', expected one of" in found.stderr
+
+
+def test_the_guide_runs():
+    """The Python of docs/op.md, from top to bottom."""
+    guide = (Path(__file__).parents[2] / "docs" / "op.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    names: dict = {}
+    exec("\n".join(blocks), names)
+    assert len(blocks) == 2 and names["out"].shape == (1, 100, 256)

@@ -80,6 +80,32 @@ struct Workspace {
   }
 };
 
+// The heads of an item of work, one of the head_groups of an image, and one of `parts` of their queries or levels.
+struct Item {
+  int64_t image, first_head, last_head, part;
+
+  Item(const Problem& p, int64_t number, int64_t parts) : part(number % parts) {
+    const int64_t group = number / parts % p.head_groups;
+    image = number / parts / p.head_groups;
+    first_head = p.M * group / p.head_groups, last_head = p.M * (group + 1) / p.head_groups;
+  }
+};
+
+// A row is a head of a query. One query's heads follow each other: they look around the same place, where their
+// channels lie side by side.
+struct Rows {
+  int64_t first_head, last_head;
+  int64_t query, head;  // query: of B*Q
+
+  Rows(const Problem& p, const Item& item, int64_t query_of_image)
+      : first_head(item.first_head), last_head(item.last_head), query(item.image * p.Q + query_of_image),
+        head(item.first_head) {}
+  int64_t index(const Problem& p) const { return query * p.M + head; }
+  void advance() {
+    if (++head == last_head) head = first_head, ++query;
+  }
+};
+
 // A row that is read, or written, soon: those of one head lie too far apart for the hardware to foresee them.
 template <bool kWrite, class T>
 TENFOLD_INLINE void prefetch_row(const T* row, int64_t width) {
@@ -238,19 +264,19 @@ TENFOLD_INLINE void place(const Problem& p, Workspace<A>& work, int64_t row, int
   }
 }
 
-// The points of `count` queries from `query` (an index into B, Q) on.
+// The points of `count` rows from `row` on.
 template <class A, Mode kMode, bool kBackward>
-static void prepare(const Problem& p, Workspace<A>& work, int64_t query, int count, int64_t head) {
-  const int64_t LP = p.L * p.P, next = p.M * LP;
+static void prepare(const Problem& p, Workspace<A>& work, Rows row, int count) {
+  const int64_t LP = p.L * p.P;
   const A* all = static_cast<const A*>(p.weights_BQMLP);
-  const A* end = all + p.B * p.Q * next;
-  const int64_t first = (query * p.M + head) * LP;
+  const A* end = all + p.B * p.Q * p.M * LP;
   const A* offsets = static_cast<const A*>(p.offsets_BQMLP2);
-  for (int i = 0; i < count; ++i) {
-    const int64_t row = first + i * next;
-    prefetch_row<false>(all + row + kBatch * next, LP);
-    prefetch_row<false>(offsets + 2 * (row + kBatch * next), 2 * LP);
-    const A* given = whole_vectors<A>(all + row, static_cast<int>(LP), end, work.padded_row);
+  Rows at = row, ahead = row;
+  for (int i = 0; i < kBatch; ++i) ahead.advance();
+  for (int i = 0; i < count; ++i, at.advance(), ahead.advance()) {
+    prefetch_row<false>(all + ahead.index(p) * LP, LP);
+    prefetch_row<false>(offsets + 2 * ahead.index(p) * LP, 2 * LP);
+    const A* given = whole_vectors<A>(all + at.index(p) * LP, static_cast<int>(LP), end, work.padded_row);
     A* attention = work.attentions + i * work.attention;
     if constexpr (kMode == Mode::kLocations) {
       for (int64_t k = 0; k < LP; k += kLanes<A>) store(attention + k, load(given + k));
@@ -258,22 +284,22 @@ static void prepare(const Problem& p, Workspace<A>& work, int64_t query, int cou
       softmax<A>(given, static_cast<int>(LP), attention);
     }
   }
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < count; ++i, row.advance()) {
     const A* attention = work.attentions + i * work.attention + work.points.first_level * p.P;
-    place<A, kMode, kBackward>(p, work, first + i * next, query + i, attention, work.block + i * work.blocks,
+    place<A, kMode, kBackward>(p, work, row.index(p) * LP, row.query, attention, work.block + i * work.blocks,
                                work.tangent + i * work.blocks);
   }
 }
 
 template <class A, bool kBackward>
-TENFOLD_INLINE void prepare(const Problem& p, Workspace<A>& work, int64_t query, int count, int64_t head) {
+TENFOLD_INLINE void prepare(const Problem& p, Workspace<A>& work, Rows row, int count) {
   switch (p.mode) {
     case Mode::kLocations:
-      return prepare<A, Mode::kLocations, kBackward>(p, work, query, count, head);
+      return prepare<A, Mode::kLocations, kBackward>(p, work, row, count);
     case Mode::kPoints:
-      return prepare<A, Mode::kPoints, kBackward>(p, work, query, count, head);
+      return prepare<A, Mode::kPoints, kBackward>(p, work, row, count);
     case Mode::kBoxes:
-      return prepare<A, Mode::kBoxes, kBackward>(p, work, query, count, head);
+      return prepare<A, Mode::kBoxes, kBackward>(p, work, row, count);
   }
 }
 
@@ -355,7 +381,7 @@ class Scratch {
 // The next item that no thread has taken.
 TENFOLD_INLINE int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
-// An item is one of the query_chunks of one head of one image.
+// An item's part is one of the query_chunks.
 template <class V, class A, int kWidth>
 static int forward_items(const Problem& p, int64_t* next, int64_t items) {
   const int64_t pixel = p.M * p.E;
@@ -369,24 +395,24 @@ static int forward_items(const Problem& p, int64_t* next, int64_t items) {
   work.set(p, 0, static_cast<int>(p.L), copy ? p.E : pixel);
   const int count = work.points.count;
   int64_t copied = -1;
-  for (int64_t item = take(next); item < items; item = take(next)) {
-    const int64_t owner = item / p.query_chunks, chunk = item % p.query_chunks;
-    const int64_t image = owner / p.M, head = owner % p.M;
-    const V* value = static_cast<const V*>(p.value_BSME) + image * p.S * pixel + head * p.E;
-    if (copy && copied != owner) {
-      copy_rows<A, V, A, kWidth>(value, pixel, 0, p.S, p.E, p.E, copy);
-      copied = owner;
+  for (int64_t number = take(next); number < items; number = take(next)) {
+    const Item item(p, number, p.query_chunks);
+    const V* value = static_cast<const V*>(p.value_BSME) + item.image * p.S * pixel;
+    if (copy && copied != number / p.query_chunks) {
+      copy_rows<A, V, A, kWidth>(value + item.first_head * p.E, pixel, 0, p.S, p.E, p.E, copy);
+      copied = number / p.query_chunks;
     }
-    const int64_t last = p.Q * (chunk + 1) / p.query_chunks;
-    for (int64_t first = p.Q * chunk / p.query_chunks; first < last; first += kBatch) {
-      const int queries = static_cast<int>(last - first < kBatch ? last - first : kBatch);
-      prepare<A, false>(p, work, image * p.Q + first, queries, head);
-      for (int i = 0; i < queries; ++i) {
-        V* out = static_cast<V*>(p.out_BQME) + (image * p.Q + first + i) * pixel + head * p.E;
+    const int64_t first = p.Q * item.part / p.query_chunks, last = p.Q * (item.part + 1) / p.query_chunks;
+    int64_t left = (last - first) * (item.last_head - item.first_head);
+    for (Rows row(p, item, first); left > 0; left -= kBatch) {
+      const int rows = static_cast<int>(left < kBatch ? left : kBatch);
+      prepare<A, false>(p, work, row, rows);
+      for (int i = 0; i < rows; ++i, row.advance()) {
+        V* out = static_cast<V*>(p.out_BQME) + row.index(p) * p.E;
         const Block<A>* at = work.block + i * work.blocks;
-        prefetch_row<true>(out + kBatch * pixel, p.E);
+        if (copy) prefetch_row<true>(out + kBatch * pixel, p.E);
         if (!copy) {
-          gather_all<V, A, kWidth>(value, at, count, p.E, out);
+          gather_all<V, A, kWidth>(value + row.head * p.E, at, count, p.E, out);
         } else if constexpr (kSame) {
           gather_all<A, A, kWidth>(copy, at, count, p.E, reinterpret_cast<A*>(out));
         } else if constexpr (kCanCopy) {
@@ -478,17 +504,17 @@ static void differentiate(const Problem& p, Workspace<A>& work, const A* attenti
 
 // attention: of the first point of the query's first level.
 template <class A>
-static void write_gradients(const Problem& p, Workspace<A>& work, int64_t image, int64_t q, int64_t head,
-                            const A* attention) {
+static void write_gradients(const Problem& p, Workspace<A>& work, const Rows& at, const A* attention) {
   const Points<A>& points = work.points;
-  const int64_t row = ((image * p.Q + q) * p.M + head) * p.L * p.P + points.first_level * p.P;
+  const int64_t row = at.index(p) * p.L * p.P + points.first_level * p.P;
   if (p.mode != Mode::kLocations && p.level_slices == 1) {
     softmax_backward<A>(attention, points.count, work.grad_weights);
   }
   std::memcpy(static_cast<A*>(p.grad_weights_BQMLP) + row, work.grad_weights, sizeof(A) * points.count);
   std::memcpy(static_cast<A*>(p.grad_offsets_BQMLP2) + 2 * row, work.grad_xy, sizeof(A) * 2 * points.count);
   if (!p.grad_references_BMQLN) return;
-  A* references = static_cast<A*>(p.grad_references_BMQLN) + ((image * p.M + head) * p.Q + q) * p.L * p.N;
+  const int64_t image = at.query / p.Q, query = at.query % p.Q;
+  A* references = static_cast<A*>(p.grad_references_BMQLN) + ((image * p.M + at.head) * p.Q + query) * p.L * p.N;
   for (int l = points.first_level; l < points.last_level; ++l) {
     for (int n = 0; n < p.N; ++n) {
       const A* each = work.grad_references[n] + (l - points.first_level) * p.P;
@@ -499,51 +525,53 @@ static void write_gradients(const Problem& p, Workspace<A>& work, int64_t image,
   }
 }
 
-// An item is one of the level_slices of one head of one image: the only one to touch that part of grad_value, so
-// that the order of sums depends on nothing.
+// An item's part is one of the level_slices: the only item to touch that part of grad_value, so that the order of sums
+// depends on nothing.
 template <class V, class A, int kWidth>
 static int backward_items(const Problem& p, int64_t* next, int64_t items) {
   const int64_t pixel = p.M * p.E;
-  const bool repack = p.repack || sizeof(V) != sizeof(A);  // sums of bfloat16 need float to be kept in
-  const size_t map = repack ? sizeof(A) * p.S * p.E : 0;
+  const size_t map = p.repack ? sizeof(A) * p.S * p.E : 0;
   const Scratch value_copy(map), grad_copy(map), memory(sizeof(Workspace<A>) + sizeof(A) * p.E);
-  if (!memory.get() || (repack && !(value_copy.get() && grad_copy.get()))) return kOutOfMemory;
+  if (!memory.get() || (p.repack && !(value_copy.get() && grad_copy.get()))) return kOutOfMemory;
   auto& work = *static_cast<Workspace<A>*>(memory.get());
   A* grad_out = reinterpret_cast<A*>(&work + 1);
-  for (int64_t item = take(next); item < items; item = take(next)) {
-    const int64_t owner = item / p.level_slices, slice = item % p.level_slices;
-    const int64_t image = owner / p.M, head = owner % p.M;
-    const int first = static_cast<int>(p.L * slice / p.level_slices);
-    const int last = static_cast<int>(p.L * (slice + 1) / p.level_slices);
-    work.set(p, first, last, repack ? p.E : pixel);
+  for (int64_t number = take(next); number < items; number = take(next)) {
+    const Item item(p, number, p.level_slices);
+    const int first = static_cast<int>(p.L * item.part / p.level_slices);
+    const int last = static_cast<int>(p.L * (item.part + 1) / p.level_slices);
+    work.set(p, first, last, p.repack ? p.E : pixel);
     const int64_t first_pixel = p.levels_L[first].start, last_pixel = last < p.L ? p.levels_L[last].start : p.S;
-    const V* value = static_cast<const V*>(p.value_BSME) + image * p.S * pixel + head * p.E;
-    V* grad_value = static_cast<V*>(p.grad_value_BSME) + image * p.S * pixel + head * p.E;
+    const V* value = static_cast<const V*>(p.value_BSME) + item.image * p.S * pixel;
+    V* grad_value = static_cast<V*>(p.grad_value_BSME) + item.image * p.S * pixel;
     const A* read;
     A* add;
-    if (repack) {
+    if (p.repack) {
       A* copy = static_cast<A*>(value_copy.get());
-      copy_rows<A, V, A, kWidth>(value, pixel, first_pixel, last_pixel, p.E, p.E, copy);
+      copy_rows<A, V, A, kWidth>(value + item.first_head * p.E, pixel, first_pixel, last_pixel, p.E, p.E, copy);
       read = copy, add = static_cast<A*>(grad_copy.get());
       std::memset(add + first_pixel * p.E, 0, sizeof(A) * (last_pixel - first_pixel) * p.E);
     } else {
       read = reinterpret_cast<const A*>(value), add = reinterpret_cast<A*>(grad_value);  // zeros already
     }
-    for (int64_t q = 0; q < p.Q; ++q) {
-      const int i = static_cast<int>(q % kBatch);
-      const int64_t left = p.Q - q;
-      if (i == 0) {
-        prepare<A, true>(p, work, image * p.Q + q, static_cast<int>(left < kBatch ? left : kBatch), head);
+    int64_t left = p.Q * (item.last_head - item.first_head);
+    for (Rows row(p, item, 0); left > 0; left -= kBatch) {
+      const int rows = static_cast<int>(left < kBatch ? left : kBatch);
+      prepare<A, true>(p, work, row, rows);
+      for (int i = 0; i < rows; ++i, row.advance()) {
+        const V* grad_row = static_cast<const V*>(p.grad_out_BQME) + row.index(p) * p.E;
+        if (p.repack) prefetch_row<false>(grad_row + kBatch * pixel, p.E);
+        copy_row<A, V, A>(grad_row, p.E, grad_out);
+        const int64_t channel = p.repack ? 0 : row.head * p.E;
+        scatter<A, kWidth>(read + channel, add + channel, grad_out, work.block + i * work.blocks,
+                           work.points.rounded_up, p.E, work.dots);
+        const A* attention = work.attentions + i * work.attention + first * p.P;
+        differentiate<A>(p, work, attention, work.tangent + i * work.blocks);
+        write_gradients<A>(p, work, row, attention);
       }
-      const V* row = static_cast<const V*>(p.grad_out_BQME) + (image * p.Q + q) * pixel + head * p.E;
-      prefetch_row<false>(row + kBatch * pixel, p.E);
-      copy_row<A, V, A>(row, p.E, grad_out);
-      scatter<A, kWidth>(read, add, grad_out, work.block + i * work.blocks, work.points.rounded_up, p.E, work.dots);
-      const A* attention = work.attentions + i * work.attention + first * p.P;
-      differentiate<A>(p, work, attention, work.tangent + i * work.blocks);
-      write_gradients<A>(p, work, image, q, head, attention);
     }
-    if (repack) copy_rows<V, A, A, kWidth>(add, p.E, first_pixel, last_pixel, p.E, pixel, grad_value);
+    if (p.repack) {
+      copy_rows<V, A, A, kWidth>(add, p.E, first_pixel, last_pixel, p.E, pixel, grad_value + item.first_head * p.E);
+    }
   }
   return kDone;
 }

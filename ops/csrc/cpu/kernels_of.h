@@ -11,8 +11,8 @@ constexpr int kDone = 0, kOutOfMemory = 1;
 // returns kDone or kOutOfMemory. Who takes an item changes no number.
 struct CpuKernels {
   const char* isa;
-  int (*forward)(const Problem&, int64_t* next, int64_t items);       // items: B * M * query_chunks
-  int (*backward)(const Problem&, int64_t* next, int64_t items);      // items: B * M * level_slices
+  int (*forward)(const Problem&, int64_t* next, int64_t items);       // items: B * head_groups * query_chunks
+  int (*backward)(const Problem&, int64_t* next, int64_t items);      // items: B * head_groups * level_slices
   int (*softmax_rows)(const Problem&, int64_t* next, int64_t items);  // items: B * Q
 };
 
