@@ -5,11 +5,11 @@
 Shapes of COCO at 800 x 1333: 22,223 tokens in four levels, 8 heads of 32 channels, 4 points; encoder: a query for
 each token; decoder: 300 queries. Every instruction set of this machine, float32 and bfloat16; both sides begin with
 offsets and logits and end with gradients of value, offsets and logits. `reference` is ops.reference; `stacked` the
-common way to write it, which keeps the samples of all levels. Sides take turns: some
-forwards in a row, then some backwards; medians are compared. Once with the allocator as it is, once with one that
-keeps its memory: half of grid_sample's time is page faults otherwise. Beside each time its limit: see `limit_ms`.
-Writes docs/results/op.{json,md} and the plot op.png. On a GPU (docs/results/gpu-op.{json,md}): the same sides, with
-float16 too.
+common way to write it, which keeps the samples of all levels. Sides take turns: some forwards in a row, then some
+backwards; medians are compared. Once with the allocator as it is, once with one that keeps its memory: half of
+grid_sample's time is page faults otherwise. Beside each time its limit: see `limit_ms`.
+Writes docs/results/op.{json,md} and a plot for each allocator. On a GPU (docs/results/gpu-op.{json,md}): the same
+sides, with float16 too.
 """
 
 import argparse
@@ -147,8 +147,8 @@ def limit_ms(num_queries: int, value_bytes: int, bytes_per_s: float, flop_per_s:
     """What forward and backward take at least: the longer of moving each number once and of multiplying and adding.
 
     Forward: value, offsets and logits are read and the output is written; backward: with the output's gradient they
-    are read, and their gradients written. Where queries are few, their rows stand for value. Four corners of a point;
-    twice that in the backward, for the gradients of value and of the weights.
+    are read, and their gradients written. Where queries are few, their rows stand for value, which some cache may
+    hold already. Four corners of a point; twice that in the backward, for the gradients of value and of the weights.
     """
     points = num_queries * M * L * P
     value = value_bytes * min(S * M, 4 * points) * E
@@ -168,23 +168,23 @@ def speed_of_machine() -> tuple[float, float]:
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Achieved against limit: the share of each kernel's time that its limit is."""
+    """Achieved against limit, in percent. More than 100: what should come from memory was still in a cache."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, sharex=True, layout="constrained")
     names = [f"{row['shape']} {row['dtype']} {row['isa']}" for row in rows]
-    for i, way in enumerate(("forward", "backward")):
-        own, limits = ([row[f"{way}{what} ms"] for row in rows] for what in ("", " limit"))
-        axes[i].barh(names, own, color="#9ecae1", label="achieved")
-        axes[i].barh(names, limits, color="#08519c", height=0.4, label="limit of memory or arithmetic")
-        for at, (took, least) in enumerate(zip(own, limits, strict=True)):
-            axes[i].text(took, at, f" {took:.3g} ms, {least / took:.0%}", va="center", fontsize=8)
-        axes[i].set(xscale="log", xlabel="ms", title=way, xlim=(min(limits) / 2, max(own) * 8))
+    for plot, way in zip(axes, ("forward", "backward"), strict=True):
+        shares = [100 * row[f"{way} limit ms"] / row[f"{way} ms"] for row in rows]
+        plot.barh(names, shares, color="#6baed6")
+        for at, (share, row) in enumerate(zip(shares, rows, strict=True)):
+            plot.text(share, at, f" {share:.0f} %, {row[f'{way} ms']:.3g} ms", va="center", fontsize=8)
+        plot.axvline(100, color="#08306b", linewidth=1)
+        plot.set(xlabel="% of the speed that memory or arithmetic allows", title=way)
+        plot.margins(x=0.45)
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8, loc="lower right")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -49,7 +49,8 @@ def main() -> int:
     ratios = {f"{key}: how many times less": rows[1][key] / rows[0][key] for key in ("s", "peak GiB")}
     command = f"python -m benchmarks.train_step --config configs/{args.config.name} --repeats {args.repeats}"
     result = {"sides": rows, **ratios, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
-    write("train-step", "A training step on the CPU", f"{args.config.stem}, {SIZE_HW[0]} x {SIZE_HW[1]}", result, command)
+    part = f"{args.config.stem}, {SIZE_HW[0]} x {SIZE_HW[1]}"
+    write("train-step", "A training step on the CPU", part, result, command)
     return 0
 
 

@@ -1,6 +1,9 @@
 """The models against the numbers of the published implementations."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from framework.losses.matcher import Stage, match
 from framework.models.build import build_detector
 from framework.models.detector import Detector, Predictions
 from framework.models.weights import load_published, to_published
+from ops import library
 from tests.models.variants import VARIANTS, published_gradients, reference_state_dict
 from tests.paths import reference_file
 
@@ -60,9 +64,36 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=[name for name in VARIANTS if not name.endswith("r101")])
+REFERENCED = [name for name in VARIANTS if not name.endswith("r101")]
+# Each variant with the operator's fastest kernels here; the one that samples around points and boxes with all of them.
+WAYS = [(name, "") for name in REFERENCED] + [("two_stage", way) for way in (*library.ISAS, "reference")]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids="-".join)
 def published(request):
-    name = request.param
+    name, way = request.param
+    with operator_through(way):
+        yield compared(name)
+
+
+@contextmanager
+def operator_through(way: str) -> Iterator[None]:
+    """Instruction set of the kernels, the fastest for "", or plain torch for "reference"."""
+    operator = sys.modules["ops.ms_deform_attn"]
+    implementation = operator.implementation
+    if way == "reference":
+        operator.implementation = operator.IMPLEMENTATIONS[way]
+    else:
+        try:
+            library.choose_cpu_isa(way)
+        except ValueError as error:
+            pytest.skip(str(error))
+    yield
+    operator.implementation = implementation
+    library.choose_cpu_isa()
+
+
+def compared(name: str) -> Published:
     given = torch.load(reference_file("input.pt"), weights_only=True)
     keys = json.loads(reference_file("checkpoint_keys.json").read_text())[name]
     model = build_detector(replace(VARIANTS[name], dropout=0.0))
@@ -156,7 +187,7 @@ def test_parameter_counts(name):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.endswith("r101")])
+@pytest.mark.parametrize("name", REFERENCED)
 def test_published_names(name):
     with torch.device("meta"):
         model = build_detector(VARIANTS[name])
