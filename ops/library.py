@@ -46,6 +46,14 @@ def choose_cpu_isa(isa: str = "") -> str:
     return chosen.decode()
 
 
+def sum_pixels_on_gpu(allowed: bool) -> None:
+    """Whether the CUDA backward of an encoder sums inside a block what goes to one pixel, which it does from the start.
+
+    For tests and benchmarks.
+    """
+    _functions.tenfold_sum_pixels(allowed)
+
+
 def _load() -> tuple[ctypes.CDLL, str]:
     try:
         torch.ops.load_library(str(PATH))
@@ -78,14 +86,15 @@ def _fake(value: Tensor, spatial_shapes: list[int], *others: Tensor) -> Tensor:
     return value.new_empty(B, others[-1].shape[1], M * E)
 
 
-def _fake_backward(grad: Tensor, value: Tensor, spatial_shapes: list[int], *others: Tensor) -> tuple[Tensor, ...]:
+def _fake_backward(grad: Tensor, value: Tensor, spatial_shapes: list[int], *rest) -> tuple[Tensor, ...]:
+    *others, _deterministic = rest
     return tuple(tensor.new_empty(tensor.shape) for tensor in (value, *others))
 
 
 def _fake_fused_backward(
     grad: Tensor, value: Tensor, spatial_shapes: list[int], references: Tensor, *rest
 ) -> tuple[Tensor, ...]:
-    offsets, logits, references_too = rest
+    offsets, logits, references_too, _deterministic = rest
     grad_references = references.new_empty(references.shape if references_too else (0,))
     grad_value = value.new_empty(value.shape)
     return grad_value, grad_references, offsets.new_empty(offsets.shape), logits.new_empty(logits.shape)
@@ -93,7 +102,9 @@ def _fake_fused_backward(
 
 def _backward(ctx, grad_BQD: Tensor) -> tuple[Tensor | None, ...]:
     value, *others = ctx.saved_tensors
-    grad_value, *grads = torch.ops.tenfold.ms_deform_attn_backward(grad_BQD, value, ctx.spatial_shapes, *others)
+    grad_value, *grads = torch.ops.tenfold.ms_deform_attn_backward(
+        grad_BQD, value, ctx.spatial_shapes, *others, torch.are_deterministic_algorithms_enabled()
+    )
     return grad_value, None, *grads
 
 
@@ -101,7 +112,7 @@ def _fused_backward(ctx, grad_BQD: Tensor) -> tuple[Tensor | None, ...]:
     value, *others = ctx.saved_tensors
     references_too = ctx.needs_input_grad[2]
     grad_value, grad_references, *grads = torch.ops.tenfold.fused_ms_deform_attn_backward(
-        grad_BQD, value, ctx.spatial_shapes, *others, references_too
+        grad_BQD, value, ctx.spatial_shapes, *others, references_too, torch.are_deterministic_algorithms_enabled()
     )
     return grad_value, None, grad_references if references_too else None, *grads
 

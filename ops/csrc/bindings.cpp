@@ -242,6 +242,8 @@ void check_launch(const char* problem) {
   if (problem) fail("CUDA: ", problem);
 }
 
+bool sum_pixels = true;
+
 struct CudaStream {
   int device;
   void* stream = nullptr;
@@ -256,6 +258,9 @@ struct CudaStream {
 // --- The operators ---
 
 Tensor zeros(const Tensor& like, const Sizes& sizes) { return torch::stable::new_zeros(like, sizes); }
+Tensor zeros(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  return torch::stable::new_zeros(like, sizes, dtype);
+}
 Tensor empty(const Tensor& like, const Sizes& sizes) { return torch::stable::new_empty(like, sizes); }
 
 Tensor forward(Call& call) {
@@ -285,32 +290,38 @@ void backward_on_cpu(Problem& p, const Grads& grads) {
   p.dtype == Dtype::kDouble ? sum_heads(p, static_cast<double*>(sums)) : sum_heads(p, static_cast<float*>(sums));
 }
 
-void backward_on_cuda([[maybe_unused]] const Problem& p, [[maybe_unused]] const Grads& grads) {
+void backward_on_cuda([[maybe_unused]] Problem& p, [[maybe_unused]] const Grads& grads) {
 #ifdef TENFOLD_CUDA_ARCHS
   const CudaStream at(grads.value);
+  p.sum_pixels = sum_pixels;
   check_launch(backward_cuda(p, at.device, at.stream));
+  if (p.largest) check_launch(from_fixed_cuda(p, grads.value.mutable_data_ptr(), at.device, at.stream));
   if (!p.grad_references_BMQLN) return;
   check_launch(sum_heads_cuda(p, grads.references.mutable_data_ptr(), at.device, at.stream));
 #endif
 }
 
-Grads backward(Call& call, bool references_too) {
+// deterministic: the same bits from the same arguments, which on a CPU is always so.
+Grads backward(Call& call, bool references_too, bool deterministic) {
   Problem& p = call.p;
-  const bool cpu = call.value.is_cpu();
+  const bool cpu = call.value.is_cpu(), fixed = deterministic && !cpu && !call.nothing_to_do();
   // The CPU kernels add to it, unless they sum in a copy of their own and overwrite it. Those for CUDA add always,
-  // in the type of sums.
+  // in the type of sums, or in integers.
   if (cpu && p.dtype == Dtype::kBfloat16) p.repack = true;
   const bool overwritten = cpu && p.repack && !call.nothing_to_do();
   const Tensor& value_like = cpu ? call.value : call.offsets;
   const Sizes value_sizes = {p.B, p.S, p.M, p.E};
   Grads grads{
-      overwritten ? empty(value_like, value_sizes) : zeros(value_like, value_sizes),
+      overwritten || fixed ? empty(fixed ? call.value : value_like, value_sizes) : zeros(value_like, value_sizes),
       references_too ? empty(call.offsets, {p.B, p.Q, p.L, p.N}) : empty(call.offsets, {0}),
       empty(call.offsets, sizes_of(call.offsets)),
       empty(call.weights, sizes_of(call.weights)),
   };
   const Tensor of_heads = references_too ? empty(call.offsets, {p.B, p.M, p.Q, p.L, p.N}) : grads.references;
-  p.grad_value_BSME = grads.value.mutable_data_ptr();
+  const Tensor largest = fixed ? zeros(call.offsets, {2}) : grads.references;
+  const Tensor sums = fixed ? zeros(grads.value, value_sizes, ScalarType::Long) : grads.value;
+  if (fixed) p.largest = largest.mutable_data_ptr();
+  p.grad_value_BSME = sums.mutable_data_ptr();
   p.grad_offsets_BQMLP2 = grads.offsets.mutable_data_ptr();
   p.grad_weights_BQMLP = grads.weights.mutable_data_ptr();
   p.grad_references_BMQLN = references_too ? of_heads.mutable_data_ptr() : nullptr;
@@ -335,19 +346,19 @@ Tensor fused_ms_deform_attn(const Tensor& value, Sizes spatial_shapes, const Ten
 
 std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad, const Tensor& value,
                                                            Sizes spatial_shapes, const Tensor& sampling_locations,
-                                                           const Tensor& attention_weights) {
+                                                           const Tensor& attention_weights, bool deterministic) {
   Call call(Mode::kLocations, value, spatial_shapes, value, sampling_locations, attention_weights);
   call.set_grad_out(grad);
-  const Grads grads = backward(call, false);
+  const Grads grads = backward(call, false, deterministic);
   return {grads.value, grads.offsets, grads.weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_ms_deform_attn_backward(
     const Tensor& grad, const Tensor& value, Sizes spatial_shapes, const Tensor& reference_points,
-    const Tensor& sampling_offsets, const Tensor& attention_logits, bool references_too) {
+    const Tensor& sampling_offsets, const Tensor& attention_logits, bool references_too, bool deterministic) {
   Call call(Mode::kPoints, value, spatial_shapes, reference_points, sampling_offsets, attention_logits);
   call.set_grad_out(grad);
-  const Grads grads = backward(call, references_too);
+  const Grads grads = backward(call, references_too, deterministic);
   return {grads.value, grads.references, grads.offsets, grads.weights};
 }
 
@@ -359,11 +370,11 @@ STABLE_TORCH_LIBRARY(tenfold, m) {
   m.def("ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights)"
         " -> Tensor");
   m.def("ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations,"
-        " Tensor attention_weights) -> (Tensor, Tensor, Tensor)");
+        " Tensor attention_weights, bool deterministic) -> (Tensor, Tensor, Tensor)");
   m.def("fused_ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor reference_points,"
         " Tensor sampling_offsets, Tensor attention_logits) -> Tensor");
   m.def("fused_ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] spatial_shapes, Tensor reference_points,"
-        " Tensor sampling_offsets, Tensor attention_logits, bool references_too)"
+        " Tensor sampling_offsets, Tensor attention_logits, bool references_too, bool deterministic)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
@@ -384,6 +395,13 @@ STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) { TENFOLD_IMPLEMENT(m); }
 // isa: "avx512", "avx2", "portable" or "" for the widest; null where this CPU does not run it, else what is used now.
 TENFOLD_EXPORT const char* tenfold_choose_cpu_isa(const char* isa) {
   return tenfold::choose_cpu_kernels(isa) ? tenfold::cpu_kernels().isa : nullptr;
+}
+
+// Whether the CUDA backward may sum inside a block what goes to one pixel, from now on; for tests and benchmarks.
+TENFOLD_EXPORT void tenfold_sum_pixels([[maybe_unused]] int allowed) {
+#ifdef TENFOLD_CUDA_ARCHS
+  tenfold::sum_pixels = allowed;
+#endif
 }
 
 // The architectures that CUDA kernels are in here for; "" for none.

@@ -40,6 +40,11 @@ struct Problem {
   void* grad_weights_BQMLP;
   void* grad_references_BMQLN;  // per head; null: not asked for
 
+  // CUDA backward only. Two numbers, of the type of sums: the largest of grad_out and of the weights. Where it is not
+  // null, grad_value_BSME holds 64-bit integers, whose sums do not depend on their order.
+  void* largest;
+  bool sum_pixels;  // may sum inside a block what goes to one pixel
+
   // How the work is cut. No number in the result depends on it.
   int64_t head_groups, query_chunks, level_slices;
   bool repack;  // copy a head's maps together before they are read: every head is a group, and in the backward of

@@ -1,84 +1,162 @@
-// The CUDA kernels, thread after thread on the CPU, against the CPU kernels: their arithmetic and addresses, not what
-// only a GPU shows (the sum over a warp, races, launches).
+// The CUDA kernels, thread by thread on the CPU, against the CPU kernels.
 
-#define TENFOLD_EMULATED
-#define __global__ static
-#define __device__
-#define __host__
+#include "emulated_gpu.h"
 
-#include <cmath>
 #include <cstdio>
 
-struct Index {
-  int64_t x;
-};
-static Index blockIdx, threadIdx, gridDim;
-
-template <class A>
-static void atomicAdd(A* sum, A number) {
-  *sum += number;
-}
-template <class A>
-static A __shfl_xor_sync(unsigned, A number, int) {
-  return number;
-}
-
-using std::exp;
-
 #include "../../ops/csrc/cpu/kernels_of.h"
-#include "../../ops/csrc/cuda/kernels.cuh"
+#include "../../ops/csrc/cuda/tiled.cuh"
 #include "problems.h"
 
 using namespace tenfold;
 
-template <class Kernel>
-static void on_all_blocks(int64_t blocks, const Kernel& kernel) {
-  gridDim.x = blocks;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) kernel();
-}
-
-template <class A>
+template <class One, class Other>
 static bool close(const Array& one, const Array& other, double tolerance) {
-  const auto* a = reinterpret_cast<const A*>(one.bytes.data());
-  const auto* b = reinterpret_cast<const A*>(other.bytes.data());
-  for (size_t i = 0; i < one.bytes.size() / sizeof(A); ++i) {
-    if (!(std::fabs(a[i] - b[i]) <= tolerance * (1 + std::fabs(b[i])))) return false;
+  const auto* a = reinterpret_cast<const One*>(one.bytes.data());
+  const auto* b = reinterpret_cast<const Other*>(other.bytes.data());
+  for (size_t i = 0; i < one.bytes.size() / sizeof(One); ++i) {
+    const double found = to_real(b[i]), expected = to_real(a[i]);
+    if (!(std::fabs(found - expected) <= tolerance * (1 + std::fabs(expected)))) return false;
   }
   return true;
 }
 
-template <class A>
-static bool same(Problem p, double tolerance) {
-  const Inputs inputs(p, p.dtype, tame);
-  Outputs on_cpu(p, p.dtype), emulated(p, p.dtype);
+// Numbers that a kernel left unwritten differ from everything.
+static void poison(Array& array) { std::fill(array.bytes.begin(), array.bytes.end(), static_cast<char>(0xff)); }
+
+// The outputs of kernels(p, levels) against those of the CPU.
+template <class V, class A, class Kernels>
+static bool same(Problem p, double tolerance, bool fixed, const Kernels& kernels) {
+  const Dtype compute = sizeof(A) == 8 ? Dtype::kDouble : Dtype::kFloat;
+  const Inputs inputs(p, compute, tame);
+  Outputs on_cpu(p, compute), on_gpu(p, compute);
+  on_gpu.grad_value = Array(p.B * p.S * p.M * p.E, compute);  // sums are not narrower than A
   inputs.set(p), on_cpu.set(p);
-  if (all(kPortable.forward, p, p.B) || all(kPortable.backward, p, p.B)) return false;
-  emulated.set(p);
+  p.repack = p.dtype == Dtype::kBfloat16, p.head_groups = p.M;
+  if (all(kPortable.forward, p, p.B * p.M) || all(kPortable.backward, p, p.B * p.M)) return false;
+  for (Array* array : {&on_gpu.out, &on_gpu.grad_offsets, &on_gpu.grad_weights, &on_gpu.grad_references}) {
+    poison(*array);
+  }
+  on_gpu.set(p);
+  std::vector<long long> sums(p.B * p.S * p.M * p.E);
+  A largest[2] = {};
+  if (fixed) {
+    p.largest = largest, p.grad_value_BSME = sums.data();
+    const int64_t outputs = p.B * p.Q * p.M * p.E, weights = p.B * p.Q * p.M * p.L * p.P;
+    emulated::launch(2, kThreads, 0, [&] { largest_kernel(static_cast<const V*>(p.grad_out_BQME), outputs, largest); });
+    emulated::launch(2, kThreads, 0, [&] {
+      largest_kernel(static_cast<const A*>(p.weights_BQMLP), weights, largest + 1);
+    });
+  }
   Levels levels;
   for (int l = 0; l < p.L; ++l) levels.level[l] = p.levels_L[l];
-  // Fewer blocks than there is work: each has several turns.
-  on_all_blocks(7, [&] { forward_kernel<A, A>(p, levels); });
-  on_all_blocks(7, [&] { backward_kernel<A, A>(p, levels); });
-  return close<A>(emulated.out, on_cpu.out, tolerance) &&
-         close<A>(emulated.grad_value, on_cpu.grad_value, tolerance) &&
-         close<A>(emulated.grad_offsets, on_cpu.grad_offsets, tolerance) &&
-         close<A>(emulated.grad_weights, on_cpu.grad_weights, tolerance) &&
-         close<A>(emulated.grad_references, on_cpu.grad_references, tolerance);
+  if (!kernels(p, levels)) return false;
+  if (fixed) {
+    auto* numbers = reinterpret_cast<A*>(on_gpu.grad_value.bytes.data());
+    emulated::launch(2, kThreads, 0, [&] { from_fixed_kernel<A, A>(p, numbers); });
+  }
+  const bool value_too = close<V, A>(on_cpu.grad_value, on_gpu.grad_value, tolerance);
+  return value_too && close<V, V>(on_cpu.out, on_gpu.out, tolerance) &&
+         close<A, A>(on_cpu.grad_offsets, on_gpu.grad_offsets, tolerance) &&
+         close<A, A>(on_cpu.grad_weights, on_gpu.grad_weights, tolerance) &&
+         close<A, A>(on_cpu.grad_references, on_gpu.grad_references, tolerance);
+}
+
+template <class V, class A>
+static bool generic(Problem p, double tolerance, bool fixed) {
+  return same<V, A>(p, tolerance, fixed, [](const Problem& p, const Levels& levels) {
+    // Fewer blocks than there is work: each has several turns.
+    return emulated::launch(2, kThreads, 0, [&] { forward_kernel<V, A>(p, levels); }) &&
+           emulated::launch(2, kThreads, 0, [&] { backward_kernel<V, A>(p, levels); });
+  });
+}
+
+template <class V, int kWidth, int kMost, Adds kAdds>
+static bool tiled(Problem p, double tolerance) {
+  p.E = kWidth;
+  return same<V, float>(p, tolerance, kAdds == Adds::kFixed, [](const Problem& p, const Levels& levels) {
+    using G = Group<V, kWidth, kMost>;
+    constexpr int queries = G::kQueries;
+    const Tiles tiles = tiles_of(p, queries);
+    const int bytes = Stage::bytes_of_query(static_cast<int>(p.L * p.P)) * queries;
+    const size_t more = bytes + sizeof(typename Bins<G>::Shared);
+    return emulated::launch(3, kTiledThreads, bytes, [&] { tiled_forward<V, kWidth, kMost>(p, levels, tiles); }) &&
+           emulated::launch(3, kTiledThreads, kAdds == Adds::kPixels ? more : bytes, [&] {
+             tiled_backward<V, kWidth, kMost, kAdds>(p, levels, tiles);
+           });
+  });
+}
+
+template <class V, int kWidth>
+static int failures_of_tiled(Problem p, double tolerance) {
+  int failed = 0;
+  if (p.L * p.P <= 16) {
+    failed += !tiled<V, kWidth, 16, Adds::kCorners>(p, tolerance);
+    failed += !tiled<V, kWidth, 16, Adds::kPixels>(p, tolerance);
+  }
+  failed += !tiled<V, kWidth, 32, Adds::kPixels>(p, tolerance);
+  return failed + !tiled<V, kWidth, 32, Adds::kFixed>(p, tolerance);
+}
+
+// Adds to grad_value where an encoder's queries look around themselves.
+template <Adds kAdds>
+static int64_t adds_of_encoder() {
+  const std::vector<Level> levels = {{24, 32, 0}, {12, 16, 768}};
+  Problem p{};
+  p.mode = Mode::kPoints, p.dtype = Dtype::kBfloat16, p.B = 1, p.M = 1, p.E = 32, p.Q = 960, p.P = 4;
+  p = completed(p, levels);
+  Inputs inputs(p, Dtype::kFloat, tame);
+  auto* reference = reinterpret_cast<float*>(inputs.references.bytes.data());
+  for (const Level& level : levels) {
+    for (int i = 0; i < level.height * level.width * 2; ++i, reference += 2) {
+      reference[0] = (i / 2 % level.width + 0.5f) / level.width, reference[1] = (i / 2 / level.width + 0.5f) / level.height;
+    }
+  }
+  Outputs outputs(p, Dtype::kFloat);
+  outputs.grad_value = Array(p.S * p.E, Dtype::kFloat);
+  inputs.set(p), outputs.set(p);
+  Levels of_kernel;
+  for (int l = 0; l < p.L; ++l) of_kernel.level[l] = p.levels_L[l];
+  using G = Group<bfloat16, 32, 16>;
+  const size_t bytes = Stage::bytes_of_query(8) * G::kQueries + sizeof(Bins<G>::Shared);
+  const Tiles tiles = tiles_of(p, G::kQueries);
+  float_adds = 0;
+  emulated::launch(3, kTiledThreads, bytes, [&] { tiled_backward<bfloat16, 32, 16, kAdds>(p, of_kernel, tiles); });
+  return float_adds;
 }
 
 int main() {
-  const std::vector<Level> levels = {{6, 4, 0}, {3, 8, 24}, {1, 1, 48}};
+  const std::vector<Level> levels = {{6, 4, 0}, {3, 11, 24}, {1, 1, 57}};
   int failed = 0;
   for (const Mode mode : {Mode::kLocations, Mode::kPoints, Mode::kBoxes}) {
-    for (const int64_t width : {5, 32}) {
+    for (const int64_t queries : {11, 58}) {  // 58: a query for each pixel
       Problem p{};
-      p.mode = mode, p.B = 2, p.M = 3, p.E = width, p.Q = 11, p.P = 4;
-      p.dtype = Dtype::kDouble;
-      failed += !same<double>(completed(p, levels), 1e-11);
-      p.dtype = Dtype::kFloat;
-      failed += !same<float>(completed(p, levels), 1e-3);
+      p.mode = mode, p.B = 2, p.M = 3, p.Q = queries, p.P = 4;
+      for (const int64_t width : {5, 32}) {
+        p.E = width;
+        p.dtype = Dtype::kDouble;
+        for (const bool fixed : {false, true}) {
+          p.dtype = Dtype::kDouble;
+          failed += !generic<double, double>(completed(p, levels), 1e-11, fixed);
+          p.dtype = Dtype::kFloat;
+          failed += !generic<float, float>(completed(p, levels), 1e-3, fixed);
+        }
+      }
+      for (const int64_t points : {1, 4, 10}) {
+        if (points != 4 && mode != Mode::kBoxes) continue;
+        p.P = points;
+        p.dtype = Dtype::kFloat;
+        failed += failures_of_tiled<float, 16>(completed(p, levels), 1e-3);
+        failed += failures_of_tiled<float, 32>(completed(p, levels), 1e-3);
+        failed += failures_of_tiled<float, 64>(completed(p, levels), 1e-3);
+        p.dtype = Dtype::kBfloat16;
+        failed += failures_of_tiled<bfloat16, 16>(completed(p, levels), 2e-2);
+        failed += failures_of_tiled<bfloat16, 32>(completed(p, levels), 2e-2);
+        failed += failures_of_tiled<bfloat16, 64>(completed(p, levels), 2e-2);
+      }
     }
   }
-  std::printf("%d of 12 differ\n", failed);
+  const int64_t corners = adds_of_encoder<Adds::kCorners>(), pixels = adds_of_encoder<Adds::kPixels>();
+  std::printf("%d differ\n%.1f times fewer adds by pixels\n", failed, static_cast<double>(corners) / pixels);
   return failed != 0;
 }

@@ -32,16 +32,18 @@ def test_opcheck(mode, dtype):
     opcheck(operator(case).default, (value, SHAPES, *others))
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("references_too", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_opcheck_of_the_backward(mode, references_too):
+def test_opcheck_of_the_backward(mode, references_too, deterministic):
     case = make(mode, dtype=torch.float32)
     value, *others = case.tensors
     grad = torch.randn(case.run(compiled).shape)
     if mode == "locations":
-        opcheck(TENFOLD.ms_deform_attn_backward.default, (grad, value, SHAPES, *others))
+        opcheck(TENFOLD.ms_deform_attn_backward.default, (grad, value, SHAPES, *others, deterministic))
     else:
-        opcheck(TENFOLD.fused_ms_deform_attn_backward.default, (grad, value, SHAPES, *others, references_too))
+        arguments = (grad, value, SHAPES, *others, references_too, deterministic)
+        opcheck(TENFOLD.fused_ms_deform_attn_backward.default, arguments)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -132,9 +134,9 @@ def test_called_directly_with_what_does_not_fit(arguments, message):
 
 def test_gradient_that_does_not_fit():
     with pytest.raises(RuntimeError, match=r"grad: shape \(2, 7, 14\), expected \(2, 7, 15\)"):
-        TENFOLD.ms_deform_attn_backward(torch.zeros(2, 7, 14), VALUE, SHAPES, *OTHERS)
+        TENFOLD.ms_deform_attn_backward(torch.zeros(2, 7, 14), VALUE, SHAPES, *OTHERS, False)
     with pytest.raises(RuntimeError, match="grad: Double, expected Float"):
-        TENFOLD.ms_deform_attn_backward(torch.zeros(2, 7, 15).double(), VALUE, SHAPES, *OTHERS)
+        TENFOLD.ms_deform_attn_backward(torch.zeros(2, 7, 15).double(), VALUE, SHAPES, *OTHERS, False)
 
 
 def test_too_many_points():

@@ -1,7 +1,7 @@
 // Starting the kernels.
 
-#include "kernels.cuh"
 #include "launch.h"
+#include "tiled.cuh"
 
 namespace tenfold {
 namespace {
@@ -49,23 +49,108 @@ const char* launch(const Problem& p, int device, const Launch& with) {
   return status();
 }
 
+using Tiled = void (*)(Problem, Levels, Tiles);
+
+struct TiledKernels {
+  Tiled forward = nullptr, by_corners = nullptr, by_pixels = nullptr, fixed = nullptr;
+  int queries = 0;      // of a block
+  int bytes_of_bins = 0;
+};
+
+template <class V, int kWidth, int kMost>
+TiledKernels tiled_of() {
+  using G = Group<V, kWidth, kMost>;
+  return {tiled_forward<V, kWidth, kMost>,
+          tiled_backward<V, kWidth, kMost, Adds::kCorners>,
+          tiled_backward<V, kWidth, kMost, Adds::kPixels>,
+          tiled_backward<V, kWidth, kMost, Adds::kFixed>,
+          G::kQueries,
+          sizeof(typename Bins<G>::Shared)};
+}
+
+template <class V, int kWidth>
+TiledKernels tiled_of_width(int64_t points) {
+  return points <= 16 ? tiled_of<V, kWidth, 16>() : points <= kTiledPoints ? tiled_of<V, kWidth, kTiledPoints>()
+                                                                            : TiledKernels{};
+}
+
+template <class V>
+TiledKernels tiled_for(const Problem& p) {
+  if constexpr (sizeof(V) <= sizeof(float)) {
+    if (p.E == 16) return tiled_of_width<V, 16>(p.L * p.P);
+    if (p.E == 32) return tiled_of_width<V, 32>(p.L * p.P);
+    if (p.E == 64) return tiled_of_width<V, 64>(p.L * p.P);
+  }
+  return {};
+}
+
+bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
+// False where this problem, or this GPU, is not for the tiled kernels: nothing is started then.
+bool start_tiled(Tiled kernel, int queries, const Problem& p, const Levels& levels, cudaStream_t stream,
+                 int more_bytes = 0) {
+  if (!kernel || p.Q > INT32_MAX / 2) return false;
+  for (const void* address : {p.value_BSME, static_cast<const void*>(p.out_BQME), p.grad_out_BQME,
+                              static_cast<const void*>(p.grad_value_BSME)}) {
+    if (!aligned(address)) return false;
+  }
+  const int bytes = Stage::bytes_of_query(static_cast<int>(p.L * p.P)) * queries + more_bytes;
+  if (bytes > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
+    cudaGetLastError();  // this GPU has not so much; the next launch is not to find that error
+    return false;
+  }
+  const Tiles tiles = tiles_of(p, queries);
+  const int64_t blocks = p.B * p.M * tiles.count;
+  kernel<<<static_cast<int>(blocks < INT32_MAX ? blocks : INT32_MAX), kTiledThreads, bytes, stream>>>(p, levels, tiles);
+  return true;
+}
+
 }  // namespace
 
-const char* forward_cuda(const Problem& p, int device, void* stream) {
+const char* forward_cuda(const Problem& p, int device, void* on) {
   return launch(p, device, [&](auto value, auto sum, const Levels& levels) {
     using V = decltype(value);
     using A = decltype(sum);
-    const int blocks = blocks_for(p.B * p.Q * p.M * p.E);
-    forward_kernel<V, A><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, levels);
+    const auto stream = static_cast<cudaStream_t>(on);
+    const TiledKernels tiled = tiled_for<V>(p);
+    if (start_tiled(tiled.forward, tiled.queries, p, levels, stream)) return;
+    forward_kernel<V, A><<<blocks_for(p.B * p.Q * p.M * p.E), kThreads, 0, stream>>>(p, levels);
   });
 }
 
-const char* backward_cuda(const Problem& p, int device, void* stream) {
+const char* backward_cuda(const Problem& p, int device, void* on) {
   return launch(p, device, [&](auto value, auto sum, const Levels& levels) {
     using V = decltype(value);
     using A = decltype(sum);
-    const int blocks = blocks_for(p.B * p.Q * p.M * kWarp);
-    backward_kernel<V, A><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, levels);
+    const auto stream = static_cast<cudaStream_t>(on);
+    const TiledKernels tiled = tiled_for<V>(p);
+    if (p.largest) {
+      A* largest = static_cast<A*>(p.largest);
+      const int64_t outputs = p.B * p.Q * p.M * p.E, weights = p.B * p.Q * p.M * p.L * p.P;
+      largest_kernel<V, A><<<blocks_for(outputs), kThreads, 0, stream>>>(static_cast<const V*>(p.grad_out_BQME), outputs,
+                                                                         largest);
+      if (p.mode == Mode::kLocations) {
+        largest_kernel<A, A><<<blocks_for(weights), kThreads, 0, stream>>>(static_cast<const A*>(p.weights_BQMLP),
+                                                                           weights, largest + 1);
+      }
+    }
+    // Only where queries are pixels do those of a block share many corners.
+    if (p.sum_pixels && p.Q == p.S && !p.largest &&
+        start_tiled(tiled.by_pixels, tiled.queries, p, levels, stream, tiled.bytes_of_bins)) {
+      return;
+    }
+    if (start_tiled(p.largest ? tiled.fixed : tiled.by_corners, tiled.queries, p, levels, stream)) return;
+    backward_kernel<V, A><<<blocks_for(p.B * p.Q * p.M * kWarp), kThreads, 0, stream>>>(p, levels);
+  });
+}
+
+const char* from_fixed_cuda(const Problem& p, void* grad_value_BSME, int device, void* on) {
+  return launch(p, device, [&](auto value, auto sum, const Levels&) {
+    using V = decltype(value);
+    using A = decltype(sum);
+    const int blocks = blocks_for(p.B * p.S * p.M * p.E);
+    from_fixed_kernel<V, A><<<blocks, kThreads, 0, static_cast<cudaStream_t>(on)>>>(p,
+                                                                                  static_cast<V*>(grad_value_BSME));
   });
 }
 

@@ -9,8 +9,11 @@ namespace tenfold {
 // Addresses are of that device's memory, but for levels_L.
 const char* forward_cuda(const Problem& p, int device, void* stream);
 
-// grad_value_BSME: zeros, double where value is, else float: sums of narrower numbers need it.
+// grad_value_BSME: zeros, double where value is, else float: sums of narrower numbers need it. Where p.largest is not
+// null, two zeros, it is 64-bit zeros; from_fixed_cuda() makes numbers of them, in the type of value.
 const char* backward_cuda(const Problem& p, int device, void* stream);
+
+const char* from_fixed_cuda(const Problem& p, void* grad_value_BSME, int device, void* stream);
 
 // (B, M, Q, L, N) -> (B, Q, L, N)
 const char* sum_heads_cuda(const Problem& p, void* sums_BQLN, int device, void* stream);

@@ -1,7 +1,7 @@
-// The CUDA kernels. Plain, right before they are fast: the arithmetic of a point is the CPU kernels', from point.h.
+// Kernels for every shape and type, float64 too. Plain: the arithmetic of a point is the CPU kernels', from point.h.
 //
 // In names: A is the type of coordinates and sums, V the type of value. With TENFOLD_EMULATED a C++ compiler takes
-// this, warps of one thread, so that a machine without a GPU can test it: tests/ops/emulate_cuda.cpp.
+// this, so that a machine without a GPU can run it: tests/ops/emulated_gpu.h.
 #pragma once
 
 #ifndef TENFOLD_EMULATED
@@ -10,6 +10,8 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <cmath>
+
 #include "../point.h"
 #include "../problem.h"
 
@@ -17,11 +19,7 @@ namespace tenfold {
 namespace {
 
 constexpr int kMaxLevels = 64;
-#ifdef TENFOLD_EMULATED
-constexpr int kThreads = 1, kWarp = 1;
-#else
 constexpr int kThreads = 256, kWarp = 32;
-#endif
 
 struct Levels {
   Level level[kMaxLevels];
@@ -35,7 +33,22 @@ template <class V, class A>
 __device__ V to_value(A number) {
   return static_cast<V>(number);
 }
-#ifndef TENFOLD_EMULATED
+#ifdef TENFOLD_EMULATED
+template <>
+float to_sum(bfloat16 number) {
+  return to_real(number);
+}
+template <>
+bfloat16 to_value(float number) {
+  bfloat16 value;
+  set(value, number);
+  return value;
+}
+#else
+__device__ inline char* shared_memory() {
+  extern __shared__ uint4 bytes[];
+  return reinterpret_cast<char*>(bytes);
+}
 template <>
 __device__ float to_sum(__nv_bfloat16 number) {
   return __bfloat162float(number);
@@ -135,6 +148,51 @@ __global__ void forward_kernel(const Problem p, const Levels levels) {
   }
 }
 
+// The sums of a deterministic backward are integers: gradients times a power of two that their largest possible sum
+// bears. Attention weights after a softmax add up to 1 for a query, and a point's corners to no more than its weight.
+template <class A>
+__device__ A fixed_scale(const Problem& p) {
+  const A* largest = static_cast<const A*>(p.largest);
+  const A weights = p.mode == Mode::kLocations ? largest[1] * static_cast<A>(p.L * p.P) : A(1);
+  const A bound = largest[0] * weights * static_cast<A>(p.Q);
+  if (!(bound > 0) || !(bound < A(INFINITY))) return 1;
+  const int exponent = 61 - ilogb(bound), most = sizeof(A) == 8 ? 1000 : 120;
+  return static_cast<A>(ldexp(1.0, exponent < most ? exponent : most));
+}
+
+template <class A>
+__device__ void add_fixed(void* sums, int64_t element, A scaled) {
+  atomicAdd(static_cast<unsigned long long*>(sums) + element, static_cast<unsigned long long>(llrint(scaled)));
+}
+
+__device__ inline unsigned bits_of(float number) { return __float_as_uint(number); }
+__device__ inline unsigned long long bits_of(double number) {
+  return static_cast<unsigned long long>(__double_as_longlong(number));
+}
+
+// The largest magnitude of some numbers; NaN where there is one. As integers, positive numbers have the same order.
+template <class V, class A>
+__global__ void largest_kernel(const V* numbers, int64_t count, A* largest) {
+  using Bits = decltype(bits_of(A()));
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < count; i += int64_t{gridDim.x} * kThreads) {
+    const A number = to_sum<A>(numbers[i]);
+    const Bits bits = bits_of(number < 0 ? -number : number) & (~Bits{0} >> 1);
+    if (bits > *reinterpret_cast<const volatile Bits*>(largest)) atomicMax(reinterpret_cast<Bits*>(largest), bits);
+  }
+}
+
+// grad_value from its integers.
+template <class V, class A>
+__global__ void from_fixed_kernel(const Problem p, V* grad_value) {
+  const auto* sums = static_cast<const long long*>(p.grad_value_BSME);
+  const A* largest = static_cast<const A*>(p.largest);
+  const A scale = fixed_scale<A>(p), unknown = (largest[0] + largest[1]) * 0;  // NaN where one is not finite
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < p.B * p.S * p.M * p.E;
+       i += int64_t{gridDim.x} * kThreads) {
+    grad_value[i] = to_value<V>(static_cast<A>(sums[i] / static_cast<double>(scale)) + unknown);
+  }
+}
+
 template <class A>
 __device__ A sum_of_warp(A number) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -144,9 +202,10 @@ __device__ A sum_of_warp(A number) {
 }
 
 // Scalar products of the row of grad_out with those of the corners, and the weighted row added to grad_value.
+// first: element of grad_value where the image and head begin.
 template <class V, class A>
 __device__ void scatter(const Problem& p, const Sample<A>& at, A weight, const V* value, const V* grad_out,
-                        A* grad_value, A (&dots)[4]) {
+                        int64_t first, A scale, A (&dots)[4]) {
   const int64_t channels = p.M * p.E;
   const A near = weight * at.y.near_weight, far = weight * at.y.far_weight;
   const A weights[4] = {near * at.x.near_weight, near * at.x.far_weight, far * at.x.near_weight,
@@ -156,7 +215,13 @@ __device__ void scatter(const Problem& p, const Sample<A>& at, A weight, const V
     for (int64_t e = threadIdx.x % kWarp; e < p.E; e += kWarp) {
       const A grad = to_sum<A>(grad_out[e]);
       dot += grad * to_sum<A>(value[at.pixel[c] * channels + e]);
-      if (weights[c] != 0) atomicAdd(grad_value + at.pixel[c] * channels + e, weights[c] * grad);
+      if (weights[c] == 0) continue;
+      const int64_t element = first + at.pixel[c] * channels + e;
+      if (p.largest) {
+        add_fixed(p.grad_value_BSME, element, weights[c] * grad * scale);
+      } else {
+        atomicAdd(static_cast<A*>(p.grad_value_BSME) + element, weights[c] * grad);
+      }
     }
     dots[c] = sum_of_warp(dot);
   }
@@ -167,10 +232,11 @@ template <class V, class A>
 __global__ void backward_kernel(const Problem p, const Levels levels) {
   const int64_t channels = p.M * p.E, warps = int64_t{gridDim.x} * (kThreads / kWarp);
   const bool writes = threadIdx.x % kWarp == 0;
+  const A scale = p.largest ? fixed_scale<A>(p) : A(1);
   for (int64_t i = blockIdx.x * int64_t{kThreads / kWarp} + threadIdx.x / kWarp; i < p.B * p.Q * p.M; i += warps) {
     const int64_t query = i / p.M, head = i % p.M, image = query / p.Q, q = query % p.Q, row = i * p.L * p.P;
-    const V* value = static_cast<const V*>(p.value_BSME) + image * p.S * channels + head * p.E;
-    A* grad_value = static_cast<A*>(p.grad_value_BSME) + image * p.S * channels + head * p.E;
+    const int64_t first = image * p.S * channels + head * p.E;
+    const V* value = static_cast<const V*>(p.value_BSME) + first;
     const V* grad_out = static_cast<const V*>(p.grad_out_BQME) + i * p.E;
     A* grad_offsets = static_cast<A*>(p.grad_offsets_BQMLP2) + 2 * row;
     A* grad_weights = static_cast<A*>(p.grad_weights_BQMLP) + row;
@@ -184,7 +250,7 @@ __global__ void backward_kernel(const Problem p, const Levels levels) {
         const Sample<A> at = sample_of<A>(p, levels.level[l], query, row, l, k);
         const A weight = attention.weight(k);
         A dots[4];
-        scatter<V, A>(p, at, weight, value, grad_out, grad_value, dots);
+        scatter<V, A>(p, at, weight, value, grad_out, first, scale, dots);
         const PointGrad<A> grad = point_grad(at.x, at.y, dots[0], dots[1], dots[2], dots[3]);
         const A x = chain(grad.x, weight), y = chain(grad.y, weight);
         common += weight * grad.sample;

@@ -1,0 +1,484 @@
+// The kernels for heads of 16, 32 or 64 channels and at most 32 points, in float, bfloat16 and half.
+//
+// A block takes a tile of queries of one head. A group of lanes takes a query, a lane 16 bytes of its channels: first
+// each lane prepares some of the points, in float, and leaves them in shared memory; then all lanes read the corners
+// of every point. Blocks of one head follow each other, and a tile's queries lie side by side where queries are the
+// pixels of the levels: so what neighbours read is still in a cache.
+#pragma once
+
+#include "generic.cuh"
+
+namespace tenfold {
+namespace {
+
+constexpr int kTiledPoints = 32;   // L*P at most
+constexpr int kTiledThreads = 256;
+
+// The queries of an image, cut in tiles: pixels of the levels, or one line.
+struct Tiles {
+  int maps, count;
+  int width, height;  // of a tile
+  Level map[kTiledPoints];
+  int first[kTiledPoints];  // tile of each map
+};
+
+// kMost: points of a query, at most.
+template <class V, int kWidth, int kMost>
+struct Group {
+  static constexpr int kVector = 16 / sizeof(V);
+  static constexpr int kLanes = kWidth / kVector;
+  static constexpr int kQueries = kTiledThreads / kLanes;       // of a block
+  static constexpr int kOwn = kMost / kLanes;               // points of a lane, at most
+};
+
+inline Tiles tiles_of(const Problem& p, int queries) {
+  Tiles tiles{};
+  const bool pixels = p.Q == p.S;
+  tiles.width = pixels ? 8 : queries, tiles.height = pixels ? queries / 8 : 1;
+  tiles.maps = pixels ? static_cast<int>(p.L) : 1;
+  for (int i = 0; i < tiles.maps; ++i) {
+    tiles.map[i] = pixels ? p.levels_L[i] : Level{1, static_cast<int>(p.Q), 0};
+    tiles.first[i] = tiles.count;
+    const int columns = (tiles.map[i].width + tiles.width - 1) / tiles.width;
+    tiles.count += columns * ((tiles.map[i].height + tiles.height - 1) / tiles.height);
+  }
+  return tiles;
+}
+
+// A query of an image; -1 where the tile reaches over its map.
+__device__ inline int query_of(const Tiles& tiles, int tile, int place) {
+  int i = tiles.maps - 1;
+  while (tiles.first[i] > tile) --i;
+  const Level& map = tiles.map[i];
+  const int columns = (map.width + tiles.width - 1) / tiles.width, at = tile - tiles.first[i];
+  const int x = at % columns * tiles.width + place % tiles.width, y = at / columns * tiles.height + place / tiles.width;
+  return x < map.width && y < map.height ? map.start + y * map.width + x : -1;
+}
+
+struct alignas(16) Four {
+  float of[4];
+};
+
+// The four corners of a point: element of the first, 1 added where the second lies beside it; elements to the third.
+struct alignas(8) Corners {
+  int first, down;
+};
+
+// Points of one query in shared memory. A place more than there are, so that groups of a warp use other banks.
+struct Stage {
+  Four* weights;
+  Corners* corners;
+
+  static __host__ __device__ int bytes_of_query(int points) {
+    return (points + 1) * static_cast<int>(sizeof(Four) + sizeof(Corners));
+  }
+  __device__ Stage(char* shared, int points, int queries, int place) {
+    weights = reinterpret_cast<Four*>(shared) + place * (points + 1);
+    corners = reinterpret_cast<Corners*>(shared + sizeof(Four) * queries * (points + 1)) + place * (points + 1);
+  }
+};
+
+template <class V>
+struct alignas(16) Pack {
+  V of[16 / sizeof(V)];
+};
+
+template <class V>
+__device__ Pack<V> load_pack(const V* from) {
+  return *reinterpret_cast<const Pack<V>*>(from);
+}
+
+// From every lane of a group, in every lane.
+template <int kLanes, class Combine>
+__device__ float of_group(float number, const Combine& combine) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    number = combine(number, __shfl_xor_sync(0xffffffffu, number, distance));
+  }
+  return number;
+}
+struct Sum {
+  __device__ float operator()(float a, float b) const { return a + b; }
+};
+struct Largest {
+  __device__ float operator()(float a, float b) const { return b > a ? b : a; }
+};
+
+// A lane's points are lane, lane + kLanes, ...: their attention weights, 0 after the last.
+template <class G>
+__device__ void attention_of(const Problem& p, int64_t row, int lane, float (&weights)[G::kOwn]) {
+  const int points = static_cast<int>(p.L * p.P);
+  const float* given = static_cast<const float*>(p.weights_BQMLP) + row * points;
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) {
+    const int k = lane + i * G::kLanes;
+    weights[i] = k < points ? given[k] : p.mode == Mode::kLocations ? 0.0f : -INFINITY;
+  }
+  if (p.mode == Mode::kLocations) return;
+  float largest = weights[0];
+#pragma unroll
+  for (int i = 1; i < G::kOwn; ++i) largest = Largest{}(largest, weights[i]);
+  largest = of_group<G::kLanes>(largest, Largest{});
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) {
+    const int k = lane + i * G::kLanes;
+    weights[i] = k < points ? expf(weights[i] - largest) : 0.0f;
+    total += weights[i];
+  }
+  const float scale = 1 / of_group<G::kLanes>(total, Sum{});
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) weights[i] *= scale;
+}
+
+__device__ inline Sample<float> sample_at(const Problem& p, const Levels& levels, int64_t query, int64_t row, int k) {
+  const int l = k / static_cast<int>(p.P);
+  return sample_of<float>(p, levels.level[l], query, row * p.L * p.P, l, k);
+}
+
+// query: of B*Q; row: of B*Q*M.
+template <class G>
+__device__ void stage_points(const Problem& p, const Levels& levels, int64_t query, int64_t row, int lane,
+                             const float (&attention)[G::kOwn], const Stage& stage) {
+  const int points = static_cast<int>(p.L * p.P), channels = static_cast<int>(p.M * p.E);
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) {
+    const int k = lane + i * G::kLanes;
+    if (k >= points) break;
+    const Sample<float> at = sample_at(p, levels, query, row, k);
+    const float near = attention[i] * at.y.near_weight, far = attention[i] * at.y.far_weight;
+    stage.weights[k] = {{near * at.x.near_weight, near * at.x.far_weight, far * at.x.near_weight,
+                         far * at.x.far_weight}};
+    const int beside = at.x.far - at.x.near, down = static_cast<int>(at.pixel[2] - at.pixel[0]);
+    stage.corners[k] = {static_cast<int>(at.pixel[0]) * channels + beside, down * channels};
+  }
+}
+
+// Elements of the corners: channels are even, which leaves the lowest bit.
+__device__ inline void elements_of(const Corners& at, int channels, int (&elements)[4]) {
+  const int first = at.first & ~1, beside = at.first & 1 ? channels : 0;
+  elements[0] = first, elements[1] = first + beside;
+  elements[2] = first + at.down, elements[3] = first + at.down + beside;
+}
+
+// What a block works on.
+template <class G>
+struct Place {
+  int64_t image, head, query, row;  // query: of B*Q; row: of B*Q*M
+  bool inside;
+
+  __device__ Place(const Problem& p, const Tiles& tiles, int64_t block) {
+    const int64_t owner = block / tiles.count;
+    image = owner / p.M, head = owner % p.M;
+    const int found = query_of(tiles, static_cast<int>(block % tiles.count), threadIdx.x / G::kLanes);
+    inside = found >= 0;
+    query = image * p.Q + (inside ? found : 0), row = query * p.M + head;
+  }
+};
+
+template <class V, int kWidth, int kMost>
+__global__ void __launch_bounds__(kTiledThreads, 4) tiled_forward(const Problem p, const Levels levels,
+                                                               const Tiles tiles) {
+  using G = Group<V, kWidth, kMost>;
+  const int points = static_cast<int>(p.L * p.P), channels = static_cast<int>(p.M) * kWidth;
+  const int lane = threadIdx.x % G::kLanes, first_channel = lane * G::kVector;
+  const Stage stage(shared_memory(), points, G::kQueries, threadIdx.x / G::kLanes);
+  for (int64_t block = blockIdx.x; block < p.B * p.M * tiles.count; block += gridDim.x) {
+    const Place<G> at(p, tiles, block);
+    float attention[G::kOwn];
+    attention_of<G>(p, at.row, lane, attention);
+    stage_points<G>(p, levels, at.query, at.row, lane, attention, stage);
+    __syncwarp();
+    const V* value = static_cast<const V*>(p.value_BSME) + at.image * p.S * channels + at.head * kWidth + first_channel;
+    float sum[G::kVector] = {};
+#pragma unroll 2
+    for (int k = 0; k < points; ++k) {
+      const Four weights = stage.weights[k];
+      int elements[4];
+      elements_of(stage.corners[k], channels, elements);
+      Pack<V> rows[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) rows[c] = load_pack(value + elements[c]);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int e = 0; e < G::kVector; ++e) sum[e] += weights.of[c] * to_sum<float>(rows[c].of[e]);
+      }
+    }
+    if (at.inside) {
+      Pack<V> out;
+#pragma unroll
+      for (int e = 0; e < G::kVector; ++e) out.of[e] = to_value<V>(sum[e]);
+      *reinterpret_cast<Pack<V>*>(static_cast<V*>(p.out_BQME) + at.row * kWidth + first_channel) = out;
+    }
+    __syncwarp();  // before the next tile's points take the place of these
+  }
+}
+
+// Sums of four numbers over a group: lane i has that of corner kCorner(i), where it counts.
+template <int kLanes>
+struct Dots {
+  // With 2 lanes each keeps two corners; with more, one, and lanes that differ in low bits alone keep the same.
+  static constexpr int kKept = kLanes == 2 ? 2 : 1;
+  static constexpr int kSame = kLanes >= 4 ? kLanes / 4 : 1;
+  float of[kKept];
+
+  static __device__ int corner(int lane) { return kLanes == 2 ? 2 * lane : lane / kSame; }
+
+  __device__ Dots(const float (&dots)[4], int lane) {
+    const bool upper = lane & (kLanes / 2);
+    float first = upper ? dots[2] : dots[0], second = upper ? dots[3] : dots[1];
+    first += __shfl_xor_sync(0xffffffffu, upper ? dots[0] : dots[2], kLanes / 2);
+    second += __shfl_xor_sync(0xffffffffu, upper ? dots[1] : dots[3], kLanes / 2);
+    if constexpr (kLanes == 2) {
+      of[0] = first, of[1] = second;
+    } else {
+      const bool odd = lane & (kLanes / 4);
+      of[0] = odd ? second : first;
+      of[0] += __shfl_xor_sync(0xffffffffu, odd ? first : second, kLanes / 4);
+#pragma unroll
+      for (int distance = kLanes / 8; distance > 0; distance /= 2) {
+        of[0] += __shfl_xor_sync(0xffffffffu, of[0], distance);
+      }
+    }
+  }
+};
+
+// grad_value gets weight * grad at 4 channels: one instruction from compute capability 9.0 on.
+__device__ inline void add_four(float* to, const float* grad, float weight) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "f"(weight * grad[0]), "f"(weight * grad[1]), "f"(weight * grad[2]), "f"(weight * grad[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int e = 0; e < 4; ++e) atomicAdd(to + e, weight * grad[e]);
+#endif
+}
+
+// How gradients of value go to memory: corner by corner; as integers (see fixed_scale); or, where many queries of a block
+// share their corners, once for each pixel that any of them touches.
+enum class Adds { kCorners, kFixed, kPixels };
+
+// Contributions (query, point, corner) of a block, brought together by pixel, some points at a time. The table of pixels
+// is open addressing; all atomics are on integers in shared memory, where those on floats are loops.
+template <class G>
+struct Bins {
+  static constexpr int kEntries = 1024, kSlots = 2 * kEntries, kNone = 0xffff;
+  static constexpr int kPoints = kEntries / (4 * G::kQueries);  // of each query at a time
+
+  struct Shared {
+    float grads[G::kQueries * G::kLanes * G::kVector];  // of the output: a row for each query
+    int keys[kSlots], counts[kSlots];                   // element of grad_value, or -1; entries, then where the next goes
+    unsigned short slot_of[kEntries], entries[kEntries];
+    unsigned short used[kEntries], begin[kEntries], length[kEntries];  // of each pixel
+    int pixels, filled;
+  };
+
+  Shared& in;
+  const char* stages;  // where the Stage of the first query begins
+  int points;          // of a query
+
+  __device__ const Stage stage_of(int entry) const {
+    return Stage(const_cast<char*>(stages), points, G::kQueries, entry / (4 * kPoints));
+  }
+  static __device__ int point_of(int entry) { return entry / 4 % kPoints; }
+
+  __device__ void clear() const {
+    for (int i = threadIdx.x; i < kSlots; i += kTiledThreads) in.keys[i] = -1, in.counts[i] = 0;
+    if (threadIdx.x == 0) in.pixels = in.filled = 0;
+  }
+
+  // Entries of the points from `first` on that have a weight get a slot, the one of their pixel.
+  __device__ void find_slots(int first, int channels) const {
+    for (int entry = threadIdx.x; entry < kEntries; entry += kTiledThreads) {
+      const int k = first + point_of(entry);
+      in.slot_of[entry] = kNone;
+      if (k >= points) continue;
+      const Stage stage = stage_of(entry);
+      if (stage.weights[k].of[entry % 4] == 0) continue;
+      int elements[4];
+      elements_of(stage.corners[k], channels, elements);
+      const int key = entry % 4 < 2 ? (entry % 4 ? elements[1] : elements[0]) : (entry % 4 == 2 ? elements[2] : elements[3]);
+      unsigned slot = static_cast<unsigned>(key / channels) * 2654435761u % kSlots;
+      for (;; slot = (slot + 1) % kSlots) {
+        const int found = atomicCAS(&in.keys[slot], -1, key);
+        if (found == -1) in.used[atomicAdd(&in.pixels, 1)] = static_cast<unsigned short>(slot);
+        if (found == -1 || found == key) break;
+      }
+      atomicAdd(&in.counts[slot], 1);
+      in.slot_of[entry] = static_cast<unsigned short>(slot);
+    }
+  }
+
+  // Each pixel's entries get a place of their own, in no particular order.
+  __device__ void share_out() const {
+    for (int i = threadIdx.x; i < in.pixels; i += kTiledThreads) {
+      int& count = in.counts[in.used[i]];
+      in.length[i] = static_cast<unsigned short>(count);
+      count = atomicAdd(&in.filled, count);
+      in.begin[i] = static_cast<unsigned short>(count);
+    }
+  }
+
+  __device__ void fill() const {
+    for (int entry = threadIdx.x; entry < kEntries; entry += kTiledThreads) {
+      const int slot = in.slot_of[entry];
+      if (slot != kNone) in.entries[atomicAdd(&in.counts[slot], 1)] = static_cast<unsigned short>(entry);
+    }
+  }
+
+  // A group sums the entries of a pixel, a lane its channels of them, and adds the sum to grad_value (of this lane).
+  __device__ void add(int first, int lane, float* grad_value) const {
+    for (int i = threadIdx.x / G::kLanes; i < in.pixels; i += G::kQueries) {
+      float sum[G::kVector] = {};
+      for (int j = in.begin[i]; j < in.begin[i] + in.length[i]; ++j) {
+        const int entry = in.entries[j];
+        const float weight = stage_of(entry).weights[first + point_of(entry)].of[entry % 4];
+        const float* grad = in.grads + (entry / (4 * kPoints) * G::kLanes + lane) * G::kVector;
+#pragma unroll
+        for (int e = 0; e < G::kVector; ++e) sum[e] += weight * grad[e];
+      }
+      float* to = grad_value + in.keys[in.used[i]];
+#pragma unroll
+      for (int e = 0; e < G::kVector; e += 4) add_four(to + e, sum + e, 1.0f);
+    }
+  }
+};
+
+// From the products of the corners with the output's gradient to the gradients of this lane's points.
+template <class G>
+__device__ void differentiate(const Problem& p, const Levels& levels, const Place<G>& at, int lane,
+                              const float (&attention)[G::kOwn], const Stage& stage) {
+  const int points = static_cast<int>(p.L * p.P);
+  float samples[G::kOwn], common = 0;
+  const float half_over_points = 0.5f / static_cast<float>(p.P);
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) {
+    const int k = lane + i * G::kLanes;
+    samples[i] = 0;
+    if (k >= points) continue;
+    const Sample<float> sample = sample_at(p, levels, at.query, at.row, k);
+    const Four dots = stage.weights[k];
+    const PointGrad<float> grad = point_grad(sample.x, sample.y, dots.of[0], dots.of[1], dots.of[2], dots.of[3]);
+    const float x = chain(grad.x, attention[i]), y = chain(grad.y, attention[i]);
+    samples[i] = grad.sample, common += attention[i] * grad.sample;
+    if (at.inside) {
+      float* offset = static_cast<float*>(p.grad_offsets_BQMLP2) + 2 * (at.row * points + k);
+      offset[0] = chain(x, sample.frame_x.scale), offset[1] = chain(y, sample.frame_y.scale);
+    }
+    const Level& level = levels.level[k / static_cast<int>(p.P)];
+    const float center_x = x * static_cast<float>(level.width), center_y = y * static_cast<float>(level.height);
+    stage.weights[k] = {{center_x, center_y, chain(center_x, sample.offset_x * half_over_points),
+                         chain(center_y, sample.offset_y * half_over_points)}};
+  }
+  common = p.mode == Mode::kLocations ? 0.0f : of_group<G::kLanes>(common, Sum{});
+  float* grad_weights = static_cast<float*>(p.grad_weights_BQMLP) + at.row * points;
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) {
+    const int k = lane + i * G::kLanes;
+    if (k < points && at.inside) {
+      grad_weights[k] = p.mode == Mode::kLocations ? samples[i] : attention[i] * (samples[i] - common);
+    }
+  }
+}
+
+// Of each level the sum over its points, as differentiate() left them.
+template <class G>
+__device__ void write_references(const Problem& p, const Place<G>& at, int lane, const Stage& stage) {
+  const int numbers = static_cast<int>(p.N), P = static_cast<int>(p.P);
+  float* to = static_cast<float*>(p.grad_references_BMQLN) +
+              ((at.image * p.M + at.head) * p.Q + at.query - at.image * p.Q) * p.L * p.N;
+  for (int i = lane; i < static_cast<int>(p.L) * numbers; i += G::kLanes) {
+    float sum = 0;
+    for (int k = i / numbers * P; k < (i / numbers + 1) * P; ++k) sum += stage.weights[k].of[i % numbers];
+    if (at.inside) to[i] = sum;
+  }
+}
+
+template <class V, int kWidth, int kMost, Adds kAdds>
+__global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem p, const Levels levels,
+                                                                const Tiles tiles) {
+  using G = Group<V, kWidth, kMost>;
+  const int points = static_cast<int>(p.L * p.P), channels = static_cast<int>(p.M) * kWidth;
+  const int lane = threadIdx.x % G::kLanes, first_channel = lane * G::kVector;
+  const Stage stage(shared_memory(), points, G::kQueries, threadIdx.x / G::kLanes);
+  [[maybe_unused]] const Bins<G> bins{
+      *reinterpret_cast<typename Bins<G>::Shared*>(shared_memory() + Stage::bytes_of_query(points) * G::kQueries),
+      shared_memory(), points};
+  [[maybe_unused]] const float scale = kAdds == Adds::kFixed ? fixed_scale<float>(p) : 1.0f;
+  for (int64_t block = blockIdx.x; block < p.B * p.M * tiles.count; block += gridDim.x) {
+    const Place<G> at(p, tiles, block);
+    float attention[G::kOwn];
+    attention_of<G>(p, at.row, lane, attention);
+#pragma unroll
+    for (int i = 0; i < G::kOwn; ++i) attention[i] = at.inside ? attention[i] : 0.0f;
+    stage_points<G>(p, levels, at.query, at.row, lane, attention, stage);
+    __syncwarp();
+    const int64_t base = at.image * p.S * channels + at.head * kWidth + first_channel;
+    const V* value = static_cast<const V*>(p.value_BSME) + base;
+    [[maybe_unused]] float* grad_value = static_cast<float*>(p.grad_value_BSME) + base;
+    const Pack<V> given = load_pack(static_cast<const V*>(p.grad_out_BQME) + at.row * kWidth + first_channel);
+    float grad[G::kVector];
+#pragma unroll
+    for (int e = 0; e < G::kVector; ++e) grad[e] = to_sum<float>(given.of[e]);
+    if constexpr (kAdds == Adds::kPixels) {
+#pragma unroll
+      for (int e = 0; e < G::kVector; ++e) bins.in.grads[threadIdx.x * G::kVector + e] = grad[e];
+    }
+    for (int k = 0; k < points; ++k) {
+      if constexpr (kAdds == Adds::kPixels) {
+        if (k % Bins<G>::kPoints == 0) {  // before the dots take the place of these points' weights
+          bins.clear();
+          __syncthreads();
+          bins.find_slots(k, channels);
+          __syncthreads();
+          bins.share_out();
+          __syncthreads();
+          bins.fill();
+          __syncthreads();
+          bins.add(k, lane, grad_value);
+          __syncthreads();
+        }
+      }
+      const Four weights = stage.weights[k];
+      int elements[4];
+      elements_of(stage.corners[k], channels, elements);
+      Pack<V> rows[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) rows[c] = load_pack(value + elements[c]);
+      float products[4] = {};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int e = 0; e < G::kVector; ++e) products[c] += grad[e] * to_sum<float>(rows[c].of[e]);
+        if (kAdds == Adds::kPixels || weights.of[c] == 0) continue;
+        if constexpr (kAdds == Adds::kFixed) {
+          const float scaled = weights.of[c] * scale;
+#pragma unroll
+          for (int e = 0; e < G::kVector; ++e) add_fixed(p.grad_value_BSME, base + elements[c] + e, scaled * grad[e]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < G::kVector; e += 4) add_four(grad_value + elements[c] + e, grad + e, weights.of[c]);
+        }
+      }
+      const Dots<G::kLanes> dots(products, lane);
+      __syncwarp();  // all have read the weights, whose place the dots take
+      using Kept = Dots<G::kLanes>;
+      if (lane % Kept::kSame == 0) {
+#pragma unroll
+        for (int i = 0; i < Kept::kKept; ++i) stage.weights[k].of[Kept::corner(lane) + i] = dots.of[i];
+      }
+    }
+    __syncwarp();
+    differentiate<G>(p, levels, at, lane, attention, stage);
+    if (p.grad_references_BMQLN) {
+      __syncwarp();
+      write_references<G>(p, at, lane, stage);
+    }
+    kAdds == Adds::kPixels ? __syncthreads() : __syncwarp();  // before the next tile's points take the place of these
+  }
+}
+
+}  // namespace
+}  // namespace tenfold
