@@ -26,7 +26,7 @@ PARTS = {
         ["setup.py", "-q", "build_ext", "--inplace"],
         ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops"],
         ["-m", "benchmarks.precision", "--device", "cuda"],
-        ["-m", "benchmarks.op", "--device", "cuda"],
+        ["-m", "benchmarks.op_gpu"],
     ],
 }
 

@@ -1,6 +1,6 @@
 """The fused operator on the CPU against eager grid_sample: seconds of both sides in one run, their ratios, memory.
 
-    python -m benchmarks.op [--repeats N] [--threads T] [--device cpu|cuda]
+    python -m benchmarks.op [--repeats N] [--threads T]
 
 Shapes of COCO at 800 x 1333: 22,223 tokens in four levels, 8 heads of 32 channels, 4 points; encoder: a query for
 each token; decoder: 300 queries. Every instruction set of this machine, float32 and bfloat16; both sides begin with
@@ -8,8 +8,7 @@ offsets and logits and end with gradients of value, offsets and logits. `referen
 common way to write it, which keeps the samples of all levels. Sides take turns: some forwards in a row, then some
 backwards; medians are compared. Once with the allocator as it is, once with one that keeps its memory: half of
 grid_sample's time is page faults otherwise. Beside each time its limit: see `limit_ms`.
-Writes docs/results/op.{json,md} and a plot for each allocator. On a GPU (docs/results/gpu-op.{json,md}): the same
-sides, with float16 too.
+Writes docs/results/op.{json,md} and a plot for each allocator. On a GPU: benchmarks.op_gpu.
 """
 
 import argparse
@@ -46,16 +45,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--part", choices=["time", *sides()], help="of the work, in this process; prints JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.part:
         print(json.dumps(times(args.repeats) if args.part == "time" else extra_mib(sides()[args.part])))
-        return 0
-    if args.device == "cuda":
-        gpu = {"rows": times_on_gpu(args.repeats), "gpu": torch.cuda.get_device_name()}
-        write("gpu-op", TITLE_ON_GPU, "times", gpu, f"python -m benchmarks.op --device cuda --repeats {args.repeats}")
         return 0
     command = f"python -m benchmarks.op --repeats {args.repeats} --threads {args.threads}"
     for name, environment in ALLOCATORS.items():
@@ -131,18 +125,6 @@ def times(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def times_on_gpu(repeats: int) -> list[dict[str, Any]]:
-    """Medians of every shape and dtype, after a first run that does not count."""
-    rows = []
-    for shape, num_queries in QUERIES.items():
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            tensors = [tensor.cuda() for tensor in arguments(num_queries, dtype)]
-            runs = {name: seconds_of(side, tensors, 1 + repeats)[1:] for name, side in sides().items()}
-            medians = {name: median_ms(seconds) for name, seconds in runs.items()}
-            rows.append({"shape": shape, "dtype": name_of(dtype)} | ratios(medians["fused"], medians))
-    return rows
-
-
 def limit_ms(num_queries: int, value_bytes: int, bytes_per_s: float, flop_per_s: float) -> list[float]:
     """What forward and backward take at least: the longer of moving each number once and of multiplying and adding.
 
@@ -162,8 +144,8 @@ def speed_of_machine() -> tuple[float, float]:
     """Bytes per second of a copy in memory, read and written; float32 operations per second of a matrix product."""
     source, square = torch.randn(S * M * E * 4), torch.randn(2048, 2048)
     target = torch.empty_like(source)
-    copy_s = statistics.median(timed(lambda: target.copy_(source), 15, source.device))
-    product_s = statistics.median(timed(lambda: square @ square, 7, source.device))
+    copy_s = statistics.median(timed(lambda: target.copy_(source), 15))
+    product_s = statistics.median(timed(lambda: square @ square, 7))
     return 2 * source.nbytes / copy_s, 2 * 2048**3 / product_s
 
 
@@ -247,24 +229,17 @@ def seconds_of(side: Side, tensors: list[Tensor], runs: int) -> list[tuple[float
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
-    device = value.device
-    return list(zip(timed(forward, runs, device), timed(backward, runs, device), strict=True))
+    return list(zip(timed(forward, runs), timed(backward, runs), strict=True))
 
 
-def timed(work: Callable[[], object], runs: int, device: torch.device) -> list[float]:
+def timed(work: Callable[[], object], runs: int) -> list[float]:
     seconds = []
     for _ in range(runs):
-        started = now(device)
+        started = time.perf_counter()
         result = work()
-        seconds.append(now(device) - started)
+        seconds.append(time.perf_counter() - started)
         del result
     return seconds
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def extra_mib(side: Side) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from benchmarks import op, precision
+from benchmarks import op, op_gpu, precision
 
 
 def test_columns_are_times_and_their_ratios(tmp_path):
@@ -44,3 +44,25 @@ def test_errors_are_within_the_bound():
     assert double["output"] < 1e-13 < single["output"] < 1e-5
     assert low["output"] < 1.5 * others["value and weights"]["bfloat16"]
     assert low["output"] < autocast["output"] < others["and locations in [0, 1]"]["bfloat16"]
+
+
+def test_sides_on_a_gpu_take_turns(monkeypatch):
+    """On the CPU, where the settings change nothing and every side has the same inputs."""
+    monkeypatch.setattr(op_gpu, "REPEATS", 1)
+    monkeypatch.setattr(torch, "compile", lambda run: run)
+    cpu = torch.device("cpu")
+    rows = op_gpu.rows_of("decoder", 2, torch.float32, cpu, op_gpu.speed_of_copy(cpu), None)
+    assert [row["side"] for row in rows][:3] == ["fused", "by corners", "deterministic"] and len(rows) == 6
+    assert rows[0]["fused is faster, forward"] == 1
+    assert all(row["forward us"] > 0 and row["backward us"] > 0 for row in rows)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_input_sets_differ_in_where_they_look():
+    cpu = torch.device("cpu")
+    near, far, anywhere = (
+        op_gpu.input_sets(f"encoder, {kind}", 1, torch.bfloat16, cpu) for kind in ("noise 1", "noise 4", "anywhere")
+    )
+    assert sum(one[0].nbytes for one in near) > op_gpu.CACHES_BYTES
+    assert near[0][2].std() < far[0][2].std()
+    assert not torch.equal(anywhere[0][1], near[0][1])
