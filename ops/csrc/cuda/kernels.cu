@@ -89,7 +89,7 @@ bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) 
 // False where this problem, or this GPU, is not for the tiled kernels: nothing is started then.
 bool start_tiled(Tiled kernel, int queries, const Problem& p, const Levels& levels, cudaStream_t stream,
                  int more_bytes = 0) {
-  if (!kernel || p.Q > INT32_MAX / 2) return false;
+  if (!kernel || p.Q > INT32_MAX / 2 || p.S * p.M * p.E > UINT32_MAX / 4) return false;
   for (const void* address : {p.value_BSME, static_cast<const void*>(p.out_BQME), p.grad_out_BQME,
                               static_cast<const void*>(p.grad_value_BSME)}) {
     if (!aligned(address)) return false;

@@ -26,6 +26,7 @@ struct Tiles {
 template <class V, int kWidth, int kMost>
 struct Group {
   static constexpr int kVector = 16 / sizeof(V);
+  static constexpr int kBytes = sizeof(V);
   static constexpr int kLanes = kWidth / kVector;
   static constexpr int kQueries = kTiledThreads / kLanes;       // of a block
   static constexpr int kOwn = kMost / kLanes;               // points of a lane, at most
@@ -59,9 +60,10 @@ struct alignas(16) Four {
   float of[4];
 };
 
-// The four corners of a point: element of the first, 1 added where the second lies beside it; elements to the third.
+// The four corners of a point, in bytes of value from where the image and head begin: the first, 1 added where the
+// second lies beside it; from there to the third. 32 bits, so that adding them to an address takes one instruction.
 struct alignas(8) Corners {
-  int first, down;
+  unsigned first, down;
 };
 
 // Points of one query in shared memory. A place more than there are, so that groups of a warp use other banks.
@@ -84,9 +86,27 @@ struct alignas(16) Pack {
 };
 
 template <class V>
-__device__ Pack<V> load_pack(const V* from) {
+__device__ Pack<V> load_pack(const char* from) {
   return *reinterpret_cast<const Pack<V>*>(from);
 }
+
+template <class V>
+__device__ void to_floats(const Pack<V>& pack, float (&numbers)[16 / sizeof(V)]) {
+#pragma unroll
+  for (int e = 0; e < static_cast<int>(16 / sizeof(V)); ++e) numbers[e] = to_sum<float>(pack.of[e]);
+}
+#ifndef TENFOLD_EMULATED
+// A bfloat16 is the upper half of a float: one instruction for each, where those of a pair one by one take three.
+template <>
+__device__ inline void to_floats(const Pack<__nv_bfloat16>& pack, float (&numbers)[8]) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(&pack);
+  const unsigned pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    numbers[2 * i] = __uint_as_float(pairs[i] << 16), numbers[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+  }
+}
+#endif
 
 // From every lane of a group, in every lane.
 template <int kLanes, class Combine>
@@ -140,7 +160,8 @@ __device__ inline Sample<float> sample_at(const Problem& p, const Levels& levels
 template <class G>
 __device__ void stage_points(const Problem& p, const Levels& levels, int64_t query, int64_t row, int lane,
                              const float (&attention)[G::kOwn], const Stage& stage) {
-  const int points = static_cast<int>(p.L * p.P), channels = static_cast<int>(p.M * p.E);
+  const int points = static_cast<int>(p.L * p.P);
+  const unsigned pixel = static_cast<unsigned>(p.M * p.E) * G::kBytes;
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i) {
     const int k = lane + i * G::kLanes;
@@ -149,16 +170,17 @@ __device__ void stage_points(const Problem& p, const Levels& levels, int64_t que
     const float near = attention[i] * at.y.near_weight, far = attention[i] * at.y.far_weight;
     stage.weights[k] = {{near * at.x.near_weight, near * at.x.far_weight, far * at.x.near_weight,
                          far * at.x.far_weight}};
-    const int beside = at.x.far - at.x.near, down = static_cast<int>(at.pixel[2] - at.pixel[0]);
-    stage.corners[k] = {static_cast<int>(at.pixel[0]) * channels + beside, down * channels};
+    const unsigned beside = static_cast<unsigned>(at.x.far - at.x.near);
+    stage.corners[k] = {static_cast<unsigned>(at.pixel[0]) * pixel + beside,
+                        static_cast<unsigned>(at.pixel[2] - at.pixel[0]) * pixel};
   }
 }
 
-// Elements of the corners: channels are even, which leaves the lowest bit.
-__device__ inline void elements_of(const Corners& at, int channels, int (&elements)[4]) {
-  const int first = at.first & ~1, beside = at.first & 1 ? channels : 0;
-  elements[0] = first, elements[1] = first + beside;
-  elements[2] = first + at.down, elements[3] = first + at.down + beside;
+// pixel: bytes of one. They are even, which leaves the lowest bit.
+__device__ inline void bytes_of(const Corners& at, unsigned pixel, unsigned (&bytes)[4]) {
+  const unsigned first = at.first & ~1u, beside = at.first & 1 ? pixel : 0;
+  bytes[0] = first, bytes[1] = first + beside;
+  bytes[2] = first + at.down, bytes[3] = bytes[1] + at.down;
 }
 
 // What a block works on.
@@ -180,7 +202,8 @@ template <class V, int kWidth, int kMost>
 __global__ void __launch_bounds__(kTiledThreads, 4) tiled_forward(const Problem p, const Levels levels,
                                                                const Tiles tiles) {
   using G = Group<V, kWidth, kMost>;
-  const int points = static_cast<int>(p.L * p.P), channels = static_cast<int>(p.M) * kWidth;
+  const int points = static_cast<int>(p.L * p.P);
+  const unsigned pixel = static_cast<unsigned>(p.M) * kWidth * G::kBytes;
   const int lane = threadIdx.x % G::kLanes, first_channel = lane * G::kVector;
   const Stage stage(shared_memory(), points, G::kQueries, threadIdx.x / G::kLanes);
   for (int64_t block = blockIdx.x; block < p.B * p.M * tiles.count; block += gridDim.x) {
@@ -189,20 +212,22 @@ __global__ void __launch_bounds__(kTiledThreads, 4) tiled_forward(const Problem 
     attention_of<G>(p, at.row, lane, attention);
     stage_points<G>(p, levels, at.query, at.row, lane, attention, stage);
     __syncwarp();
-    const V* value = static_cast<const V*>(p.value_BSME) + at.image * p.S * channels + at.head * kWidth + first_channel;
+    const char* value = static_cast<const char*>(p.value_BSME) + (at.image * p.S * p.M + at.head) * kWidth * G::kBytes;
     float sum[G::kVector] = {};
 #pragma unroll 2
     for (int k = 0; k < points; ++k) {
       const Four weights = stage.weights[k];
-      int elements[4];
-      elements_of(stage.corners[k], channels, elements);
+      unsigned bytes[4];
+      bytes_of(stage.corners[k], pixel, bytes);
       Pack<V> rows[4];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) rows[c] = load_pack(value + elements[c]);
+      for (int c = 0; c < 4; ++c) rows[c] = load_pack<V>(value + (bytes[c] + lane * 16u));
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
+        float row[G::kVector];
+        to_floats(rows[c], row);
 #pragma unroll
-        for (int e = 0; e < G::kVector; ++e) sum[e] += weights.of[c] * to_sum<float>(rows[c].of[e]);
+        for (int e = 0; e < G::kVector; ++e) sum[e] += weights.of[c] * row[e];
       }
     }
     if (at.inside) {
@@ -269,7 +294,7 @@ struct Bins {
 
   struct Shared {
     float grads[G::kQueries * G::kLanes * G::kVector];  // of the output: a row for each query
-    int keys[kSlots], counts[kSlots];                   // element of grad_value, or -1; entries, then where the next goes
+    int keys[kSlots], counts[kSlots];  // the corner's bytes, or -1; entries, then where the next goes
     unsigned short slot_of[kEntries], entries[kEntries];
     unsigned short used[kEntries], begin[kEntries], length[kEntries];  // of each pixel
     int pixels, filled;
@@ -290,17 +315,18 @@ struct Bins {
   }
 
   // Entries of the points from `first` on that have a weight get a slot, the one of their pixel.
-  __device__ void find_slots(int first, int channels) const {
+  __device__ void find_slots(int first, unsigned pixel) const {
     for (int entry = threadIdx.x; entry < kEntries; entry += kTiledThreads) {
       const int k = first + point_of(entry);
       in.slot_of[entry] = kNone;
       if (k >= points) continue;
       const Stage stage = stage_of(entry);
       if (stage.weights[k].of[entry % 4] == 0) continue;
-      int elements[4];
-      elements_of(stage.corners[k], channels, elements);
-      const int key = entry % 4 < 2 ? (entry % 4 ? elements[1] : elements[0]) : (entry % 4 == 2 ? elements[2] : elements[3]);
-      unsigned slot = static_cast<unsigned>(key / channels) * 2654435761u % kSlots;
+      const Corners at = stage.corners[k];
+      const unsigned beside = at.first & 1 ? pixel : 0;
+      const unsigned bytes = (at.first & ~1u) + (entry % 2 ? beside : 0) + (entry % 4 < 2 ? 0 : at.down);
+      const int key = static_cast<int>(bytes);  // -1 is odd
+      unsigned slot = bytes * 2654435761u / (0x100000000u / kSlots);  // the highest bits of the product
       for (;; slot = (slot + 1) % kSlots) {
         const int found = atomicCAS(&in.keys[slot], -1, key);
         if (found == -1) in.used[atomicAdd(&in.pixels, 1)] = static_cast<unsigned short>(slot);
@@ -328,8 +354,8 @@ struct Bins {
     }
   }
 
-  // A group sums the entries of a pixel, a lane its channels of them, and adds the sum to grad_value (of this lane).
-  __device__ void add(int first, int lane, float* grad_value) const {
+  // A group sums the entries of a pixel, a lane its channels of them, and adds the sum to grad_value.
+  __device__ void add(int first, int lane, char* grad_value) const {
     for (int i = threadIdx.x / G::kLanes; i < in.pixels; i += G::kQueries) {
       float sum[G::kVector] = {};
       for (int j = in.begin[i]; j < in.begin[i] + in.length[i]; ++j) {
@@ -339,7 +365,8 @@ struct Bins {
 #pragma unroll
         for (int e = 0; e < G::kVector; ++e) sum[e] += weight * grad[e];
       }
-      float* to = grad_value + in.keys[in.used[i]];
+      const unsigned bytes = static_cast<unsigned>(in.keys[in.used[i]]) + lane * 16u;
+      float* to = reinterpret_cast<float*>(grad_value + 4 / G::kBytes * bytes);
 #pragma unroll
       for (int e = 0; e < G::kVector; e += 4) add_four(to + e, sum + e, 1.0f);
     }
@@ -400,7 +427,8 @@ template <class V, int kWidth, int kMost, Adds kAdds>
 __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem p, const Levels levels,
                                                                 const Tiles tiles) {
   using G = Group<V, kWidth, kMost>;
-  const int points = static_cast<int>(p.L * p.P), channels = static_cast<int>(p.M) * kWidth;
+  const int points = static_cast<int>(p.L * p.P);
+  const unsigned pixel = static_cast<unsigned>(p.M) * kWidth * G::kBytes;
   const int lane = threadIdx.x % G::kLanes, first_channel = lane * G::kVector;
   const Stage stage(shared_memory(), points, G::kQueries, threadIdx.x / G::kLanes);
   [[maybe_unused]] const Bins<G> bins{
@@ -415,13 +443,13 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
     for (int i = 0; i < G::kOwn; ++i) attention[i] = at.inside ? attention[i] : 0.0f;
     stage_points<G>(p, levels, at.query, at.row, lane, attention, stage);
     __syncwarp();
-    const int64_t base = at.image * p.S * channels + at.head * kWidth + first_channel;
-    const V* value = static_cast<const V*>(p.value_BSME) + base;
-    [[maybe_unused]] float* grad_value = static_cast<float*>(p.grad_value_BSME) + base;
-    const Pack<V> given = load_pack(static_cast<const V*>(p.grad_out_BQME) + at.row * kWidth + first_channel);
+    const int64_t base = (at.image * p.S * p.M + at.head) * kWidth;
+    const char* value = static_cast<const char*>(p.value_BSME) + base * G::kBytes;
+    char* grad_value = static_cast<char*>(p.grad_value_BSME) + base * (kAdds == Adds::kFixed ? 8 : 4);
+    const Pack<V> given =
+        load_pack<V>(static_cast<const char*>(p.grad_out_BQME) + (at.row * kWidth + first_channel) * G::kBytes);
     float grad[G::kVector];
-#pragma unroll
-    for (int e = 0; e < G::kVector; ++e) grad[e] = to_sum<float>(given.of[e]);
+    to_floats(given, grad);
     if constexpr (kAdds == Adds::kPixels) {
 #pragma unroll
       for (int e = 0; e < G::kVector; ++e) bins.in.grads[threadIdx.x * G::kVector + e] = grad[e];
@@ -431,7 +459,7 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
         if (k % Bins<G>::kPoints == 0) {  // before the dots take the place of these points' weights
           bins.clear();
           __syncthreads();
-          bins.find_slots(k, channels);
+          bins.find_slots(k, pixel);
           __syncthreads();
           bins.share_out();
           __syncthreads();
@@ -442,24 +470,28 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
         }
       }
       const Four weights = stage.weights[k];
-      int elements[4];
-      elements_of(stage.corners[k], channels, elements);
+      unsigned bytes[4];
+      bytes_of(stage.corners[k], pixel, bytes);
       Pack<V> rows[4];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) rows[c] = load_pack(value + elements[c]);
+      for (int c = 0; c < 4; ++c) rows[c] = load_pack<V>(value + (bytes[c] + lane * 16u));
       float products[4] = {};
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
+        float row[G::kVector];
+        to_floats(rows[c], row);
 #pragma unroll
-        for (int e = 0; e < G::kVector; ++e) products[c] += grad[e] * to_sum<float>(rows[c].of[e]);
+        for (int e = 0; e < G::kVector; ++e) products[c] += grad[e] * row[e];
         if (kAdds == Adds::kPixels || weights.of[c] == 0) continue;
         if constexpr (kAdds == Adds::kFixed) {
           const float scaled = weights.of[c] * scale;
+          char* to = grad_value + int64_t{8 / G::kBytes} * (bytes[c] + lane * 16u);
 #pragma unroll
-          for (int e = 0; e < G::kVector; ++e) add_fixed(p.grad_value_BSME, base + elements[c] + e, scaled * grad[e]);
+          for (int e = 0; e < G::kVector; ++e) add_fixed(to, e, scaled * grad[e]);
         } else {
+          float* to = reinterpret_cast<float*>(grad_value + 4 / G::kBytes * (bytes[c] + lane * 16u));
 #pragma unroll
-          for (int e = 0; e < G::kVector; e += 4) add_four(grad_value + elements[c] + e, grad + e, weights.of[c]);
+          for (int e = 0; e < G::kVector; e += 4) add_four(to + e, grad + e, weights.of[c]);
         }
       }
       const Dots<G::kLanes> dots(products, lane);
