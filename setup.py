@@ -60,6 +60,7 @@ X86 = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
+TARGET = "x86_64-linux" if platform.machine() in ("x86_64", "AMD64") else "sbsa-linux"  # as CUDA's toolkit names it
 # -Wno-psabi: vectors are passed to inlined functions only.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 
@@ -157,7 +158,7 @@ def cuda_runtime() -> list[str]:
         return []
     home = Path(str(nvcc())).resolve().parent.parent
     folders = [Path(os.environ.get("CUDA_HOME", home)), home, Path("/usr/local/cuda")]
-    folders = [folder / lib for folder in folders for lib in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    folders = [folder / lib for folder in folders for lib in ("lib64", "lib", f"targets/{TARGET}/lib")]
     found = [folder for folder in folders if (folder / "libcudart_static.a").exists()]
     if not found:
         sys.exit(f"error: no libcudart_static.a beside {nvcc()}; set CUDA_HOME, or TENFOLD_CUDA_ARCHS=none")

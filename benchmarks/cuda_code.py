@@ -91,7 +91,7 @@ def row_of(kernel: str, dtype: str, size: int, registers: int, body: str) -> dic
 
 
 def bytes_of_bins(size: int) -> int:
-    return BLOCK * (16 // size) * 4 + 2048 * 8 + 1024 * 10 + 8
+    return BLOCK * (16 // size) * 4 + 2048 * 8 + 1024 * 16 + 8
 
 
 def instructions_of_a_point(body: str) -> float:

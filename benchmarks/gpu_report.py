@@ -1,6 +1,6 @@
 """What needs a GPU, in parts of at most 8 minutes, each with its results in docs/results/gpu-<part>.{json,md}.
 
-    make gpu-report [PARTS="op"]                       (offline, in an environment of your own: PYTHON=python3)
+    make gpu-report [PARTS="op sanitizer"]             (offline, in an environment of your own: PYTHON=python3)
 
 A part is some commands, one after the other. A command that fails, or is not done in time, is recorded with what it
 printed last and ends its part; the next part starts all the same. Where there is no .git, TENFOLD_COMMIT names the
@@ -27,6 +27,10 @@ PARTS = {
         ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops"],
         ["-m", "benchmarks.precision", "--device", "cuda"],
         ["-m", "benchmarks.op_gpu"],
+    ],
+    "sanitizer": [
+        ["setup.py", "-q", "build_ext", "--inplace"],
+        ["-m", "benchmarks.gpu_sanitizer"],
     ],
 }
 

@@ -8,7 +8,8 @@ offsets and logits and end with gradients of value, offsets and logits. `referen
 common way to write it, which keeps the samples of all levels. Sides take turns: some forwards in a row, then some
 backwards; medians are compared. Once with the allocator as it is, once with one that keeps its memory: half of
 grid_sample's time is page faults otherwise. Beside each time its limit: see `limit_ms`.
-Writes docs/results/op.{json,md} and a plot for each allocator. On a GPU: benchmarks.op_gpu.
+Writes docs/results/op.{json,md} and a plot for each allocator, apart for each widest instruction set. On a GPU:
+benchmarks.op_gpu.
 """
 
 import argparse
@@ -55,8 +56,10 @@ def main() -> int:
     for name, environment in ALLOCATORS.items():
         load = os.getloadavg()[0]  # where others work too, two threads wait for each other
         rows = in_process("time", args, environment)
-        draw(rows, f"op, {args.threads} threads, allocator: {name}", RESULTS / f"op-{name.replace(' ', '-')}.png")
-        write("op", TITLE, f"allocator: {name}", {"rows": rows, "threads": args.threads, "load before": load}, command)
+        part = f"{rows[0]['isa']}, allocator: {name}"  # the widest kernels of this machine, whose figures stand apart
+        plot = RESULTS / f"op-{part.replace(', allocator: ', '-').replace(' ', '-')}.png"
+        draw(rows, f"op, {args.threads} threads, {part}", plot)
+        write("op", TITLE, part, {"rows": rows, "threads": args.threads, "load before": load}, command)
     memory = {name: in_process(name, args, {}) for name in sides()}
     write("op", TITLE, "MiB that the encoder's forward takes beyond its arguments", memory, command)
     return 0

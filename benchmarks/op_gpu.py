@@ -1,21 +1,25 @@
 """The operator on a GPU against the usual ways, and against published kernels that are built there.
 
-    python -m benchmarks.op_gpu [--batches 1 2 4 8] [--published DIR]
+    python -m benchmarks.op_gpu [--batches 1 2 4 8] [--published DIR] [--mmcv DIR] [--dcnv4 DIR] [--triton DIR]
 
 Shapes of benchmarks.op: the encoder with the initial offsets (a direction for each head, 1 to 4 pixels) and noise of 1
 and of 4 pixels, and with points anywhere, the worst case; the decoder. float32, bfloat16, float16; forward, and
 backward to value, offsets and logits. Each side works on several sets of inputs in turn, together larger than the
 caches. `fused` as it runs; `by corners`: without the sums by pixels; `deterministic`; `core`: ops.ms_deform_attn, with
-softmax and locations in torch; `stacked`: grid_sample, and the same through torch.compile.
---published: a folder with the module MultiScaleDeformableAttention as its setup.py builds it (float32; softmax and
-locations in torch). `of memory`: the bytes that must be moved once, over the time, over the speed of a copy.
+softmax and locations in torch; `stacked`: grid_sample, and the same through torch.compile (one image); and the
+published kernels that a flag names a folder of (benchmarks/rivals.py). A side that raises says why instead of figures.
+Shares of ceilings that are measured in the same run: `of memory`, the bytes that must be moved once, of a copy's speed;
+`of gathers`, the rows of all corners, and `of adds`, their gradients, of the speeds of benchmarks/ceilings.cu near each
+other (decoder: anywhere). More than 1: neighbours shared what they read, or summed before they added.
 Writes docs/results/gpu-op.{json,md}.
 """
 
 import argparse
+import json
 import math
 import statistics
-import sys
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,35 +29,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op import QUERIES, SIZES_HW, TITLE_ON_GPU, E, L, M, P, S, arguments, name_of, stacked
+from benchmarks.op import QUERIES, SIZES_HW, TITLE_ON_GPU, E, L, M, P, arguments, name_of, stacked
 from benchmarks.results import write
+from benchmarks.rivals import RIVALS, Run, load
+from framework.errors import UsageError, command
 from ops import compiled, library, reference
 
 CACHES_BYTES = 100e6  # of the largest GPU in use: 50 MB on an H100, twice for what is written
 RUNS, REPEATS = 10, 5
-Run = Callable[[list[Tensor]], Tensor]
 Settings = Callable[[], AbstractContextManager]
+Rivals = dict[str, tuple[Run, tuple[torch.dtype, ...]]]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--published", type=Path, help="folder of the built module MultiScaleDeformableAttention")
-    args = parser.parse_args()
+    for name in RIVALS:
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help="folder in which this kernel is built")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise UsageError("no GPU that torch can use; benchmarks.op measures on the CPU")
     device = torch.device("cuda")
-    copy_bytes_per_s = speed_of_copy(device)
-    rows = []
+    rivals = load({name: getattr(args, name) for name in RIVALS if getattr(args, name)}, device)
+    ceilings = measured_ceilings(device)
+    print(ceilings, flush=True)
+    rows: list[dict[str, Any]] = []
+    line = " ".join(["python -m benchmarks.op_gpu", *(f"--{name} DIR" for name in rivals)])
     for shape in ("encoder, noise 1", "encoder, noise 4", "encoder, anywhere", "decoder"):
         for batch in args.batches:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                rows += rows_of(shape, batch, dtype, device, copy_bytes_per_s, args.published)
+                rows += rows_of(shape, batch, dtype, device, ceilings, rivals)
                 print(rows[-1], flush=True)
-    result = {"sides": rows, "copy, GB/s": copy_bytes_per_s / 1e9, "adds, G/s": adds_per_s(device) / 1e9}
-    write("gpu-op", TITLE_ON_GPU, "times", result, "python -m benchmarks.op_gpu")
+                write("gpu-op", TITLE_ON_GPU, "times", {"sides": rows} | ceilings, line)  # each time: it may be stopped
     return 0
 
 
-def sides(dtype: torch.dtype, published: Path | None) -> dict[str, tuple[Run, Settings]]:
+def measured_ceilings(device: torch.device) -> dict[str, float]:
+    """The speed of a copy, and what benchmarks/ceilings.cu prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "ceilings")
+        source = Path(__file__).with_name("ceilings.cu")
+        subprocess.run(["nvcc", "-std=c++17", "-O3", "-arch=native", "-o", program, source], check=True)
+        found = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    return {"copy, GB/s": speed_of_copy(device) / 1e9} | json.loads(found)
+
+
+def sides(batch: int, dtype: torch.dtype, rivals: Rivals) -> dict[str, tuple[Run, Settings]]:
     """What to run, and in which settings."""
 
     def fused(tensors: list[Tensor]) -> Tensor:
@@ -68,12 +89,10 @@ def sides(dtype: torch.dtype, published: Path | None) -> dict[str, tuple[Run, Se
         "by corners": (fused, by_corners),
         "deterministic": (fused, deterministic),
         "core": (core, nullcontext),
-        "stacked": (stacked, nullcontext),
-        "stacked, compiled": (torch.compile(stacked), nullcontext),
     }
-    if published and dtype == torch.float32:
-        given["published"] = (published_kernel(published), nullcontext)
-    return given
+    if batch == 1:  # they need seconds, and gigabytes
+        given |= {"stacked": (stacked, nullcontext), "stacked, compiled": (torch.compile(stacked), nullcontext)}
+    return given | {name: (run, nullcontext) for name, (run, dtypes) in rivals.items() if dtype in dtypes}
 
 
 @contextmanager
@@ -90,60 +109,53 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def published_kernel(folder: Path) -> Run:
-    """The published extension behind the arguments of the fused operator."""
-    sys.path.insert(0, str(folder))
-    import MultiScaleDeformableAttention as extension
-
-    class Published(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *tensors):
-            ctx.save_for_backward(*tensors)
-            return extension.ms_deform_attn_forward(*tensors, 64)
-
-        @staticmethod
-        def backward(ctx, grad):
-            value, shapes, starts, locations, weights = ctx.saved_tensors
-            grads = extension.ms_deform_attn_backward(value, shapes, starts, locations, weights, grad.contiguous(), 64)
-            return grads[0], None, None, *grads[1:]
-
-    shapes = torch.tensor(SIZES_HW, device="cuda")
-    starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
-
-    def run(tensors: list[Tensor]) -> Tensor:
-        value, *others = tensors
-        return Published.apply(value, shapes, starts, *reference.sampling(*others, SIZES_HW, torch.float32))
-
-    return run
-
-
 def rows_of(
-    shape: str, batch: int, dtype: torch.dtype, device: torch.device, copy_bytes_per_s: float, published: Path | None
+    shape: str, batch: int, dtype: torch.dtype, device: torch.device, ceilings: dict[str, float], rivals: Rivals
 ) -> list[dict[str, Any]]:
     sets = input_sets(shape, batch, dtype, device)
-    given = sides(dtype, published)
+    given = sides(batch, dtype, rivals)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in given}
+    failed: dict[str, str] = {}
     for _ in range(REPEATS):  # in turn
         for name, (run, settings) in given.items():
-            with settings():
-                seconds[name].append(seconds_of(run, sets, device))
-    medians = {name: [statistics.median(way) for way in zip(*runs, strict=True)] for name, runs in seconds.items()}
-    forward_bytes = sum(tensor.nbytes for tensor in sets[0]) + output_bytes(sets[0])
-    own = medians["fused"]
-    return [
-        {
-            "shape": shape,
-            "batch": batch,
-            "dtype": name_of(dtype),
-            "side": name,
-            "forward us": 1e6 * forward,
-            "backward us": 1e6 * backward,
-            "fused is faster, forward": forward / own[0],
-            "fused is faster, backward": backward / own[1],
-            "forward, of memory": forward_bytes / forward / copy_bytes_per_s,
-        }
-        for name, (forward, backward) in medians.items()
-    ]
+            if name in failed:
+                continue
+            try:
+                with settings():
+                    seconds[name].append(seconds_of(run, sets, device))
+            except (RuntimeError, ValueError, AssertionError) as error:
+                failed[name] = str(error).partition("\n")[0]
+    own = [statistics.median(way) for way in zip(*seconds["fused"], strict=True)]
+    shares = shares_of(shape, sets[0], ceilings)
+    rows = []
+    for name in given:
+        row = {"shape": shape, "batch": batch, "dtype": name_of(dtype), "side": name, "says": failed.get(name)}
+        for i, way in enumerate(("forward", "backward")):
+            took = None if name in failed else statistics.median(runs[i] for runs in seconds[name])
+            row[f"{way} us"] = took and 1e6 * took
+            row[f"fused is faster, {way}"] = took and took / own[i]
+            for ceiling, least_s in shares[way].items():
+                row[f"{way}, of {ceiling}"] = took and least_s / took
+        rows.append(row)
+    return rows
+
+
+def shares_of(shape: str, tensors: list[Tensor], ceilings: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Seconds that forward and backward take at each ceiling."""
+    value, _, offsets, logits = tensors
+    batch, queries = offsets.shape[:2]
+    numbers = 4 * batch * queries * M * L * P * E  # of all corners
+    output = value.element_size() * batch * queries * M * E
+    forward = value.nbytes + offsets.nbytes + logits.nbytes + output
+    backward = value.nbytes + 4 * value.numel() + 2 * (offsets.nbytes + logits.nbytes) + output
+    where = "near each other" if "noise" in shape else "anywhere in a head"
+    gather_s = numbers * value.element_size() / ceilings[f"gather {E * value.element_size()} byte rows {where}, GB/s"]
+    add_s = numbers / ceilings[f"add {4 * E} byte rows by four {where}, G numbers/s"]
+    copy = ceilings["copy, GB/s"]
+    return {
+        "forward": {"memory": forward / copy / 1e9, "gathers": gather_s / 1e9},
+        "backward": {"memory": backward / copy / 1e9, "gathers": gather_s / 1e9, "adds": add_s / 1e9},
+    }
 
 
 def input_sets(shape: str, batch: int, dtype: torch.dtype, device: torch.device) -> list[list[Tensor]]:
@@ -162,11 +174,6 @@ def input_sets(shape: str, batch: int, dtype: torch.dtype, device: torch.device)
     one = [t.expand(batch, *t.shape[1:]).contiguous().to(device) for t in (value, references, offsets, logits)]
     copies = max(2, math.ceil(CACHES_BYTES / one[0].nbytes))
     return [one, *([tensor.clone() for tensor in one] for _ in range(copies - 1))]
-
-
-def output_bytes(tensors: list[Tensor]) -> int:
-    value, _, offsets, _ = tensors
-    return value.element_size() * offsets.shape[0] * offsets.shape[1] * M * E
 
 
 def seconds_of(run: Run, sets: list[list[Tensor]], device: torch.device) -> tuple[float, float]:
@@ -211,14 +218,5 @@ def speed_of_copy(device: torch.device) -> float:
     return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source), device) for _ in range(9))
 
 
-def adds_per_s(device: torch.device) -> float:
-    """float32 adds to memory at random places, which decide the backward: torch's index_add_ of rows of 32."""
-    rows = torch.randint(S * M, (2**20,), device=device)
-    source, sums = torch.ones(len(rows), E, device=device), torch.zeros(S * M, E, device=device)
-    sums.index_add_(0, rows, source)
-    took = statistics.median(timed(lambda: sums.index_add_(0, rows, source), device) for _ in range(5))
-    return source.numel() / took
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -15,10 +15,8 @@ def ms_deform_attn(
     value: Tensor, spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
     library.check(value.device)
-    dtype = compute_dtype(value)
-    return torch.ops.tenfold.ms_deform_attn(
-        value, _flat(spatial_shapes), sampling_locations.to(dtype), attention_weights.to(dtype)
-    )
+    prepared = _prepared(value, sampling_locations, attention_weights)
+    return torch.ops.tenfold.ms_deform_attn(prepared[0], _flat(spatial_shapes), *prepared[1:])
 
 
 def fused_ms_deform_attn(
@@ -29,14 +27,14 @@ def fused_ms_deform_attn(
     attention_logits: Tensor,
 ) -> Tensor:
     library.check(value.device)
+    prepared = _prepared(value, reference_points, sampling_offsets, attention_logits)
+    return torch.ops.tenfold.fused_ms_deform_attn(prepared[0], _flat(spatial_shapes), *prepared[1:])
+
+
+def _prepared(value: Tensor, *others: Tensor) -> list[Tensor]:
+    """Contiguous, as the kernels read them: here, where torch itself says when its memory does not suffice."""
     dtype = compute_dtype(value)
-    return torch.ops.tenfold.fused_ms_deform_attn(
-        value,
-        _flat(spatial_shapes),
-        reference_points.to(dtype),
-        sampling_offsets.to(dtype),
-        attention_logits.to(dtype),
-    )
+    return [value.contiguous(), *(tensor.to(dtype).contiguous() for tensor in others)]
 
 
 def _flat(spatial_shapes: SpatialShapes) -> list[int]:

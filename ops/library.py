@@ -1,6 +1,7 @@
 """The compiled library `_C.abi3.so`: loading it, and what torch has to know of its operators beyond their kernels.
 
-It is loaded when `ops` is imported. Where it is missing, importing works and the first use of an operator says so.
+It is loaded when `ops` is imported. Where it is missing or does not load, importing works all the same, and the first
+use of an operator says so.
 """
 
 # B image, S pixel of all levels, M head, E head width, Q query, D = M*E
@@ -14,16 +15,13 @@ from torch import Tensor
 
 PATH = Path(__file__).with_name("_C.abi3.so")
 ISAS = ("avx512", "avx2", "portable")
-BUILD = "`make build`, or `python setup.py build_ext --inplace` in the repository,"
+BUILD = "`python setup.py build_ext --inplace` in the repository"
 
 
 def check(device: torch.device) -> None:
     """Raise RuntimeError unless the operators can run on this device."""
-    if not _loaded:
-        raise RuntimeError(
-            f"{PATH.name} of the package ops is missing: {BUILD} builds it; TENFOLD_OP=reference does without,"
-            " in plain torch, many times slower"
-        )
+    if _problem:
+        raise RuntimeError(f"{_problem}; TENFOLD_OP=reference does without, in plain torch, many times slower")
     if device.type == "cuda" and not CUDA_ARCHS:
         raise RuntimeError(
             f"value: on {device}, but the library was built without CUDA kernels: where nvcc is on the PATH or"
@@ -40,6 +38,7 @@ def choose_cpu_isa(isa: str = "") -> str:
     """
     if isa and isa not in ISAS:
         raise ValueError(f"TENFOLD_CPU_ISA: {isa!r}, expected one of {', '.join(ISAS)}")
+    check(torch.device("cpu"))
     chosen = _functions.tenfold_choose_cpu_isa(isa.encode())
     if chosen is None:
         raise ValueError(f"TENFOLD_CPU_ISA: {isa!r}, which this machine does not run")
@@ -55,12 +54,8 @@ def sum_pixels_on_gpu(allowed: bool) -> None:
 
 
 def _load() -> tuple[ctypes.CDLL, str]:
-    try:
-        torch.ops.load_library(str(PATH))
-        functions = ctypes.CDLL(str(PATH))
-    except OSError as error:
-        message = f"{PATH.name} does not load beside torch {torch.__version__}: {error}; {BUILD} renews it"
-        raise RuntimeError(message) from error
+    torch.ops.load_library(str(PATH))
+    functions = ctypes.CDLL(str(PATH))
     functions.tenfold_choose_cpu_isa.restype = functions.tenfold_cuda_archs.restype = ctypes.c_char_p
     return functions, functions.tenfold_cuda_archs().decode()
 
@@ -117,10 +112,16 @@ def _fused_backward(ctx, grad_BQD: Tensor) -> tuple[Tensor | None, ...]:
     return grad_value, None, grad_references if references_too else None, *grads
 
 
-_loaded = PATH.exists()
 CUDA_ARCHS = ""
-if _loaded:
-    _functions, CUDA_ARCHS = _load()
+_problem = ""  # why there are no kernels
+try:
+    if PATH.exists():
+        _functions, CUDA_ARCHS = _load()
+    else:
+        _problem = f"{PATH.name} of the package ops is missing: `make build`, or {BUILD}, builds it"
+except OSError as error:
+    _problem = f"{PATH.name} does not load beside torch {torch.__version__}: {error}; {BUILD} renews it"
+if not _problem:
     choose_cpu_isa(os.environ.get("TENFOLD_CPU_ISA", ""))
     _register("ms_deform_attn", _fake, _fake_backward, _backward)
     _register("fused_ms_deform_attn", _fake, _fake_fused_backward, _fused_backward)

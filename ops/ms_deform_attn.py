@@ -39,12 +39,13 @@ def ms_deform_attn(
     Raises:
         ValueError: an argument does not fit; names it, what was found and what was expected.
     """
-    B, L, M = _check_value(value, spatial_shapes)
+    sizes_hw = _checked_sizes(spatial_shapes)
+    B, L, M = _check_value(value, sizes_hw)
     _check("sampling_locations", sampling_locations, value, B=B, Q=None, M=M, L=L, P=None, xy=2)
     Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
     _check("attention_weights", attention_weights, value, B=B, Q=Q, M=M, L=L, P=P)
     _check_points("sampling_locations", L, P)
-    return implementation.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
+    return implementation.ms_deform_attn(value, sizes_hw, sampling_locations, attention_weights)
 
 
 def fused_ms_deform_attn(
@@ -68,15 +69,14 @@ def fused_ms_deform_attn(
     Raises:
         ValueError: an argument does not fit; names it, what was found and what was expected.
     """
-    B, L, M = _check_value(value, spatial_shapes)
+    sizes_hw = _checked_sizes(spatial_shapes)
+    B, L, M = _check_value(value, sizes_hw)
     _check("sampling_offsets", sampling_offsets, value, B=B, Q=None, M=M, L=L, P=None, xy=2)
     Q, P = sampling_offsets.shape[1], sampling_offsets.shape[4]
     _check_references("reference_points", reference_points, value, B, Q, L)
     _check("attention_logits", attention_logits, value, B=B, Q=Q, M=M, LP=L * P)
     _check_points("sampling_offsets", L, P)
-    return implementation.fused_ms_deform_attn(
-        value, spatial_shapes, reference_points, sampling_offsets, attention_logits
-    )
+    return implementation.fused_ms_deform_attn(value, sizes_hw, reference_points, sampling_offsets, attention_logits)
 
 
 class MSDeformAttn(nn.Module):
@@ -91,8 +91,8 @@ class MSDeformAttn(nn.Module):
         for name, number in dict(
             width=width, num_levels=num_levels, num_heads=num_heads, num_points=num_points
         ).items():
-            if number < 1:
-                raise ValueError(f"{name}: {number}, expected at least 1")
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name}: {number!r}, expected an integer of at least 1")
         if width % num_heads:
             raise ValueError(f"width: {width}, expected a multiple of num_heads ({num_heads})")
         self.num_levels, self.num_heads, self.num_points = num_levels, num_heads, num_points
@@ -140,15 +140,16 @@ class MSDeformAttn(nn.Module):
         B, Q, _ = query_BQD.shape
         _check("memory", memory_BSD, query_BQD, B=B, S=None, D=D)
         _check_references("references", references_BQLN, query_BQD, B, Q, L)
-        if len(spatial_shapes) != L:
-            raise ValueError(f"spatial_shapes: {len(spatial_shapes)} levels, expected num_levels = {L}")
+        sizes_hw = _checked_sizes(spatial_shapes)
+        if len(sizes_hw) != L:
+            raise ValueError(f"spatial_shapes: {len(sizes_hw)} levels, expected num_levels = {L}")
         value_BSD = self.value_proj(memory_BSD)
         if padding_mask_BS is not None:
             _check_mask(padding_mask_BS, memory_BSD)
             value_BSD = value_BSD.masked_fill(padding_mask_BS[..., None], 0)
         value_BSME = value_BSD.unflatten(-1, (M, D // M))
         wanted = self._offsets_and_logits(query_BQD)
-        return self.output_proj(fused_ms_deform_attn(value_BSME, spatial_shapes, references_BQLN, *wanted))
+        return self.output_proj(fused_ms_deform_attn(value_BSME, sizes_hw, references_BQLN, *wanted))
 
     def sampling(
         self, query_BQD: Tensor, references_BQLN: Tensor, spatial_shapes: SpatialShapes
@@ -179,15 +180,14 @@ class MSDeformAttn(nn.Module):
         return star_MLP2.flatten()
 
 
-def _check_value(value: Tensor, spatial_shapes: SpatialShapes) -> tuple[int, int, int]:
-    """Batch size, levels and heads, once value and spatial_shapes fit each other."""
+def _check_value(value: Tensor, sizes_hw: list[tuple[int, int]]) -> tuple[int, int, int]:
+    """Batch size, levels and heads, once value and the levels fit each other."""
     _check("value", value, None, B=None, S=None, M=None, E=None)
     dtypes = [torch.float32, torch.bfloat16, torch.float64]
     if value.device.type != "cpu":
         dtypes.append(torch.float16)
     if value.dtype not in dtypes:
         raise ValueError(f"value: {value.dtype} on {value.device.type}, expected one of {dtypes}")
-    sizes_hw = _checked_sizes(spatial_shapes)
     tokens = sum(height * width for height, width in sizes_hw)
     if value.shape[1] != tokens:
         raise ValueError(f"value: S = {value.shape[1]}, expected {tokens}, the sum of H*W over {sizes_hw}")
@@ -218,9 +218,12 @@ def _check_references(name: str, references: Tensor, like: Tensor, B: int, Q: in
 
 
 def _check_mask(padding_mask: Tensor, memory: Tensor) -> None:
-    if padding_mask.dtype != torch.bool or padding_mask.shape != memory.shape[:2]:
-        found = f"{padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
-        raise ValueError(f"padding_mask: {found}, expected torch.bool of shape {tuple(memory.shape[:2])}")
+    expected = f"expected torch.bool of shape {tuple(memory.shape[:2])} on {memory.device}"
+    if not isinstance(padding_mask, Tensor):
+        raise ValueError(f"padding_mask: {type(padding_mask).__name__}, {expected}")
+    if (padding_mask.dtype, padding_mask.shape, padding_mask.device) != (torch.bool, memory.shape[:2], memory.device):
+        found = f"{padding_mask.dtype} of shape {tuple(padding_mask.shape)} on {padding_mask.device}"
+        raise ValueError(f"padding_mask: {found}, {expected}")
 
 
 def _check(name: str, tensor: Tensor, like: Tensor | None, **axes: int | None) -> None:

@@ -34,7 +34,8 @@ def ms_deform_attn(
     # takes 3 times as long there: its backward scatters or sorts 4*L*P rows for each query and head.
     with torch.autocast(value.device.type, enabled=False):
         levels_BTME = value.to(dtype).split([height * width for height, width in sizes_hw], dim=1)
-        grid_xy_BQMLP2 = 2 * sampling_locations.to(dtype) - 1
+        # NaN and infinity are outside, as for the kernels; grid_sample would make NaN of them.
+        grid_xy_BQMLP2 = (2 * sampling_locations.to(dtype) - 1).nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9)
         weights_BQMLP = attention_weights.to(dtype)
         out_GEQ = value.new_zeros(B * M, E, Q, dtype=dtype)
         for level, (H, W) in enumerate(sizes_hw):

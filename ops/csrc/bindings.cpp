@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/kernels_of.h"
+#include "cpu/pages.h"
 #include "problem.h"
 
 #ifdef TENFOLD_CUDA_ARCHS
@@ -56,7 +57,7 @@ void check_shape(const char* name, const Tensor& tensor, const Sizes& expected) 
 }
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& value, ScalarType dtype) {
-  if (tensor.device() != value.device()) fail(name, ": on another device than value");
+  if (tensor.device() != value.device()) fail(name, ": on another device than value, expected the same");
   if (tensor.scalar_type() != dtype) {
     fail(name, ": ", torch::headeronly::toString(tensor.scalar_type()), ", expected ",
          torch::headeronly::toString(dtype));
@@ -257,11 +258,24 @@ struct CudaStream {
 
 // --- The operators ---
 
-Tensor zeros(const Tensor& like, const Sizes& sizes) { return torch::stable::new_zeros(like, sizes); }
-Tensor zeros(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::new_zeros(like, sizes, dtype);
+Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  Tensor tensor;
+  try {
+    tensor = torch::stable::new_empty(like, sizes, dtype);
+  } catch (const std::exception&) {  // whose words name no cause
+    fail("out of memory for ", shown(sizes.data(), sizes.size()), " of ", torch::headeronly::toString(dtype));
+  }
+  if (tensor.is_cpu()) use_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
 }
-Tensor empty(const Tensor& like, const Sizes& sizes) { return torch::stable::new_empty(like, sizes); }
+Tensor empty(const Tensor& like, const Sizes& sizes) { return empty(like, sizes, like.scalar_type()); }
+
+Tensor zeros(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  Tensor tensor = empty(like, sizes, dtype);
+  torch::stable::zero_(tensor);
+  return tensor;
+}
+Tensor zeros(const Tensor& like, const Sizes& sizes) { return zeros(like, sizes, like.scalar_type()); }
 
 Tensor forward(Call& call) {
   Problem& p = call.p;

@@ -8,6 +8,8 @@ from torch import Tensor
 MODES = ["locations", "points", "boxes"]
 # All sizes differ, and no level is square: a transposition cannot hide.
 SIZES_HW = [(6, 4), (3, 8)]
+# Where operators run; their results come back to the CPU. A fixture of conftest.py changes it.
+device = "cpu"
 
 
 @dataclass
@@ -25,9 +27,9 @@ class Case:
         return Case(self.mode, self.sizes_hw, [value.to(dtype), *(t.to(compute) for t in others)])
 
     def run(self, implementation) -> Tensor:
-        value, *others = self.tensors
+        value, *others = self.tensors if device == "cpu" else (tensor.to(device) for tensor in self.tensors)
         name = "ms_deform_attn" if self.mode == "locations" else "fused_ms_deform_attn"
-        return getattr(implementation, name)(value, self.sizes_hw, *others)
+        return getattr(implementation, name)(value, self.sizes_hw, *others).to(self.tensors[0].device)
 
     def results(self, implementation) -> list[Tensor]:
         """The output, and the gradients of a loss that weighs it at random."""

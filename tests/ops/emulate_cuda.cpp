@@ -80,8 +80,10 @@ static bool tiled(Problem p, double tolerance) {
     const Tiles tiles = tiles_of(p, queries);
     const int bytes = Stage::bytes_of_query(static_cast<int>(p.L * p.P)) * queries;
     const size_t more = bytes + sizeof(typename Bins<G>::Shared);
-    return emulated::launch(3, kTiledThreads, bytes, [&] { tiled_forward<V, kWidth, kMost>(p, levels, tiles); }) &&
-           emulated::launch(3, kTiledThreads, kAdds == Adds::kPixels ? more : bytes, [&] {
+    // Fewer rows of blocks than heads: each has several turns.
+    const emulated::Index grid{tiles.count, 3};
+    return emulated::launch(grid, kTiledThreads, bytes, [&] { tiled_forward<V, kWidth, kMost>(p, levels, tiles); }) &&
+           emulated::launch(grid, kTiledThreads, kAdds == Adds::kPixels ? more : bytes, [&] {
              tiled_backward<V, kWidth, kMost, kAdds>(p, levels, tiles);
            });
   });
@@ -121,7 +123,9 @@ static int64_t adds_of_encoder() {
   const size_t bytes = Stage::bytes_of_query(8) * G::kQueries + sizeof(Bins<G>::Shared);
   const Tiles tiles = tiles_of(p, G::kQueries);
   float_adds = 0;
-  emulated::launch(3, kTiledThreads, bytes, [&] { tiled_backward<bfloat16, 32, 16, kAdds>(p, of_kernel, tiles); });
+  emulated::launch(emulated::Index{tiles.count, 1}, kTiledThreads, bytes, [&] {
+    tiled_backward<bfloat16, 32, 16, kAdds>(p, of_kernel, tiles);
+  });
   return float_adds;
 }
 

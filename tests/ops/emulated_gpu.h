@@ -29,7 +29,7 @@ namespace emulated {
 constexpr int kWarp = 32, kStackBytes = 1 << 16;
 
 struct Index {
-  int64_t x;
+  int64_t x, y;
 };
 
 enum class Waits { kNo, kForWarp, kForBlock, kDone };
@@ -141,10 +141,11 @@ char* shared_memory() { return emulated::shared.data(); }
 namespace emulated {
 
 // Every block after the other. False: some threads wait for others that are done or wait elsewhere.
-inline bool launch(int64_t blocks, int threads_of_block, size_t shared_bytes, const std::function<void()>& work) {
+inline bool launch(Index blocks, int threads_of_block, size_t shared_bytes, const std::function<void()>& work) {
   kernel = work;
-  gridDim.x = blocks;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+  gridDim = blocks;
+  for (int64_t block = 0; block < blocks.x * blocks.y; ++block) {
+    blockIdx = {block % blocks.x, block / blocks.x};
     shared.assign(shared_bytes, static_cast<char>(0xff));  // NaN
     threads.resize(threads_of_block);
     for (Thread& thread : threads) thread.started = false, thread.waits = Waits::kNo;
@@ -164,6 +165,10 @@ inline bool launch(int64_t blocks, int threads_of_block, size_t shared_bytes, co
     }
   }
   return true;
+}
+
+inline bool launch(int64_t blocks, int threads_of_block, size_t shared_bytes, const std::function<void()>& work) {
+  return launch(Index{blocks, 1}, threads_of_block, shared_bytes, work);
 }
 
 }  // namespace emulated

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_opcheck_of_the_backward(mode, references_too, deterministic):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_compiles_to_one_graph_for_all_sizes(mode):
+def test_compiles_to_one_graph_for_all_sizes(device, mode):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -151,7 +152,7 @@ def test_unknown_instruction_set():
 
 def test_cuda_tensors_need_a_library_with_cuda(monkeypatch):
     monkeypatch.setattr(library, "CUDA_ARCHS", "")
-    with pytest.raises(RuntimeError, match=r"value: on cuda, but the library was built without CUDA .* `make build`"):
+    with pytest.raises(RuntimeError, match=r"value: on cuda, but the library was built without CUDA .* `python setup.py build_ext"):
         library.check(torch.device("cuda"))
 
 
@@ -175,6 +176,45 @@ def test_a_missing_library_says_how_to_build_it(tmp_path):
     assert "RuntimeError: _C.abi3.so of the package ops is missing: `make build`" in found.stderr
     found = use(tmp_path, TENFOLD_OP="reference")
     assert found.returncode == 0 and "tensor([[[1.]]])" in found.stdout
+
+
+def test_a_library_that_does_not_load_says_so(tmp_path):
+    source = Path(ops.__file__).parent
+    shutil.copytree(source, tmp_path / "ops", ignore=shutil.ignore_patterns("*.so", "__pycache__", "csrc"))
+    (tmp_path / "ops" / "_C.abi3.so").write_text("no library")
+    found = use(tmp_path)
+    assert found.returncode == 1
+    assert f"RuntimeError: _C.abi3.so does not load beside torch {torch.__version__}" in found.stderr
+    assert use(tmp_path, TENFOLD_OP="reference").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("archs", "found"),
+    [
+        (None, ["80", "90"]),
+        ("80;90", ["80", "90"]),
+        ("75, 90a", ["75", "90a"]),
+        ("none", []),
+        ("sm_80", None),
+        ("", None),
+    ],
+)
+def test_architectures_that_the_build_compiles_for(archs, found, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **settings: None)
+    names = runpy.run_path(str(Path(ops.__file__).parents[1] / "setup.py"))
+    monkeypatch.setitem(names["cuda_archs"].__globals__, "nvcc", lambda: "nvcc")
+    monkeypatch.delenv("TENFOLD_CUDA_ARCHS", raising=False)
+    if archs is not None:
+        monkeypatch.setenv("TENFOLD_CUDA_ARCHS", archs)
+    if found is None:
+        with pytest.raises(SystemExit, match=f"error: TENFOLD_CUDA_ARCHS: '{archs}', expected numbers like 80 90"):
+            names["cuda_archs"]()
+    else:
+        assert names["cuda_archs"]() == found
+        gencodes = [flag for flag in names["nvcc_command"]() if "gencode" in flag] if found else []
+        assert [flag.rpartition("_")[2] for flag in gencodes[:-1]] == found  # and PTX of the last
+    monkeypatch.setitem(names["cuda_archs"].__globals__, "nvcc", lambda: None)
+    assert names["cuda_archs"]() == []  # no toolkit: for the CPU only
 
 
 def test_environment_chooses(tmp_path):

@@ -102,7 +102,9 @@ def test_module_under_autocast():
         (dict(references_BQLN=torch.rand(2, 5, L, 3)), r"references: 3 numbers each, expected 2 .* or 4"),
         (dict(references_BQLN=torch.rand(2, 4, L, 2)), r"references: .* expected \(B=2, Q=5, L=2, N\)"),
         (dict(padding_mask_BS=torch.zeros(2, S)), r"padding_mask: torch.float32 .*, expected torch.bool"),
-        (dict(padding_mask_BS=torch.zeros(2, 9).bool()), r"padding_mask: .* \(2, 9\), expected .* \(2, 10\)"),
+        (dict(padding_mask_BS=torch.zeros(2, 9).bool()), r"padding_mask: .* \(2, 9\) .*, expected .* \(2, 10\)"),
+        (dict(padding_mask_BS=[True]), r"padding_mask: list, expected torch.bool of shape \(2, 10\) on cpu"),
+        (dict(spatial_shapes=None), r"spatial_shapes: None, expected integers \(H, W\) >= 1 for each level"),
     ],
 )
 def test_module_names_what_does_not_fit(change, message):
@@ -113,7 +115,7 @@ def test_module_names_what_does_not_fit(change, message):
 def test_module_of_impossible_sizes():
     with pytest.raises(ValueError, match=r"width: 30, expected a multiple of num_heads \(8\)"):
         MSDeformAttn(30, num_levels=1, num_heads=8, num_points=4)
-    with pytest.raises(ValueError, match="num_points: 0, expected at least 1"):
+    with pytest.raises(ValueError, match="num_points: 0, expected an integer of at least 1"):
         MSDeformAttn(32, num_levels=1, num_heads=8, num_points=0)
 
 

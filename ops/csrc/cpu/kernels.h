@@ -10,6 +10,7 @@
 
 #include "../problem.h"
 #include "kernels_of.h"
+#include "pages.h"
 #include "simd.h"
 
 namespace tenfold {
@@ -34,7 +35,7 @@ struct Points {
     count = static_cast<int>((last - first) * p.P);
     rounded_up = (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
     for (int k = 0; k < rounded_up; ++k) {
-      const int l = first + (k < count ? k : 0) / static_cast<int>(p.P);
+      const int l = first + (k < count ? k : count - 1) / static_cast<int>(p.P);
       const Level& at = p.levels_L[l];
       level[k] = l - first;
       width[k] = static_cast<A>(at.width), height[k] = static_cast<A>(at.height);
@@ -247,13 +248,18 @@ TENFOLD_INLINE void place(const Problem& p, Workspace<A>& work, int64_t row, int
   for (int k = 0; k < points.rounded_up; k += kLanes<A>, ++block, ++tangent) {
     Vec<A> offset_x, offset_y;
     deinterleave<A>(load(xy + 2 * k), load(xy + 2 * k + kLanes<A>), offset_x, offset_y);
+    // Lanes after the last point repeat it, without weight: what they read, and add nothing to, its lane does too.
+    const int left = points.count - k;
+    const auto real = lane_numbers<A>() < static_cast<A>(left);
+    if (left < kLanes<A>) {
+      offset_x = real ? offset_x : Vec<A>{} + offset_x[left - 1];
+      offset_y = real ? offset_y : Vec<A>{} + offset_y[left - 1];
+    }
     const FramesXY<A> frame = frames<A, kMode>(p, points, k, references);
     const auto x = axis<Vec<A>>(offset_x * frame.x.scale + frame.x.origin, load(points.width + k));
     const auto y = axis<Vec<A>>(offset_y * frame.y.scale + frame.y.origin, load(points.height + k));
     Vec<A> weight = load(attention + k);
-    if (k + kLanes<A> > points.count) {
-      weight = lane_numbers<A>() < static_cast<A>(points.count - k) ? weight : Vec<A>{};
-    }
+    if (left < kLanes<A>) weight = real ? weight : Vec<A>{};
     const Vec<A> near = weight * y.near_weight, far = weight * y.far_weight;
     store(block->weight[0], near * x.near_weight);
     store(block->weight[1], near * x.far_weight);
@@ -368,7 +374,9 @@ static void copy_rows(const From* from, int64_t from_stride, int64_t begin, int6
 // Memory of one thread. Where there is none, the caller does without or says so.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : memory_(bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr) {}
+  explicit Scratch(size_t bytes) : memory_(bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr) {
+    if (memory_) use_huge_pages(memory_, static_cast<int64_t>(bytes));
+  }
   ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -427,7 +435,7 @@ static int forward_items(const Problem& p, int64_t* next, int64_t items) {
 }
 
 // dots[4 * k + c]: product of grad with the row of corner c of point k; the weighted grad is added to grad_value.
-// count: rounded up to whole vectors; points without weight and with any address fill the last one.
+// count: rounded up to whole vectors; the last point fills the last one, without weight.
 template <class A, int kWidth>
 static void scatter(const A* value, A* grad_value, const A* grad, const Block<A>* block, int count, int64_t width,
                     A* dots) {

@@ -73,7 +73,7 @@ struct Sample {
   Axis<A> x, y;
   Frame<A> frame_x, frame_y;
   A offset_x, offset_y;
-  int64_t pixel[4];  // of the corners (near y, near x), (near y, far x), (far, near), (far, far)
+  int pixel[4];  // of the corners (near y, near x), (near y, far x), (far, near), (far, far)
 };
 
 template <class A>
@@ -96,8 +96,7 @@ __device__ Sample<A> sample_of(const Problem& p, const Level& level, int64_t que
   }
   at.x = axis<A>(at.offset_x * at.frame_x.scale + at.frame_x.origin, width);
   at.y = axis<A>(at.offset_y * at.frame_y.scale + at.frame_y.origin, height);
-  const int64_t upper = level.start + static_cast<int64_t>(at.y.near) * level.width;
-  const int64_t lower = level.start + static_cast<int64_t>(at.y.far) * level.width;
+  const int upper = level.start + at.y.near * level.width, lower = level.start + at.y.far * level.width;
   at.pixel[0] = upper + at.x.near, at.pixel[1] = upper + at.x.far;
   at.pixel[2] = lower + at.x.near, at.pixel[3] = lower + at.x.far;
   return at;

@@ -89,7 +89,7 @@ bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) 
 // False where this problem, or this GPU, is not for the tiled kernels: nothing is started then.
 bool start_tiled(Tiled kernel, int queries, const Problem& p, const Levels& levels, cudaStream_t stream,
                  int more_bytes = 0) {
-  if (!kernel || p.Q > INT32_MAX / 2 || p.S * p.M * p.E > UINT32_MAX / 4) return false;
+  if (!kernel || p.Q > INT32_MAX / 2 || p.B * p.M > INT32_MAX || p.S * p.M * p.E > UINT32_MAX / 4) return false;
   for (const void* address : {p.value_BSME, static_cast<const void*>(p.out_BQME), p.grad_out_BQME,
                               static_cast<const void*>(p.grad_value_BSME)}) {
     if (!aligned(address)) return false;
@@ -100,8 +100,9 @@ bool start_tiled(Tiled kernel, int queries, const Problem& p, const Levels& leve
     return false;
   }
   const Tiles tiles = tiles_of(p, queries);
-  const int64_t blocks = p.B * p.M * tiles.count;
-  kernel<<<static_cast<int>(blocks < INT32_MAX ? blocks : INT32_MAX), kTiledThreads, bytes, stream>>>(p, levels, tiles);
+  constexpr int64_t kMostRows = 65535;  // of a grid
+  const dim3 grid(tiles.count, static_cast<unsigned>(p.B * p.M < kMostRows ? p.B * p.M : kMostRows));
+  kernel<<<grid, kTiledThreads, bytes, stream>>>(p, levels, tiles);
   return true;
 }
 

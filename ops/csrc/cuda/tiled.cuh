@@ -19,7 +19,8 @@ struct Tiles {
   int maps, count;
   int width, height;  // of a tile
   Level map[kTiledPoints];
-  int first[kTiledPoints];  // tile of each map
+  int first[kTiledPoints];             // tile of each map
+  unsigned char level[kTiledPoints];   // of each point: a division takes twenty instructions
 };
 
 // kMost: points of a query, at most.
@@ -43,6 +44,7 @@ inline Tiles tiles_of(const Problem& p, int queries) {
     const int columns = (tiles.map[i].width + tiles.width - 1) / tiles.width;
     tiles.count += columns * ((tiles.map[i].height + tiles.height - 1) / tiles.height);
   }
+  for (int64_t k = 0; k < p.L * p.P; ++k) tiles.level[k] = static_cast<unsigned char>(k / p.P);
   return tiles;
 }
 
@@ -151,22 +153,23 @@ __device__ void attention_of(const Problem& p, int64_t row, int lane, float (&we
   for (int i = 0; i < G::kOwn; ++i) weights[i] *= scale;
 }
 
-__device__ inline Sample<float> sample_at(const Problem& p, const Levels& levels, int64_t query, int64_t row, int k) {
-  const int l = k / static_cast<int>(p.P);
-  return sample_of<float>(p, levels.level[l], query, row * p.L * p.P, l, k);
+__device__ inline Sample<float> sample_at(const Problem& p, const Levels& levels, const Tiles& tiles, int64_t query,
+                                          int64_t row, int k) {
+  const int l = tiles.level[k];
+  return sample_of<float>(p, levels.level[l], query, row * static_cast<int>(p.L * p.P), l, k);
 }
 
 // query: of B*Q; row: of B*Q*M.
 template <class G>
-__device__ void stage_points(const Problem& p, const Levels& levels, int64_t query, int64_t row, int lane,
-                             const float (&attention)[G::kOwn], const Stage& stage) {
+__device__ void stage_points(const Problem& p, const Levels& levels, const Tiles& tiles, int64_t query, int64_t row,
+                             int lane, const float (&attention)[G::kOwn], const Stage& stage) {
   const int points = static_cast<int>(p.L * p.P);
   const unsigned pixel = static_cast<unsigned>(p.M * p.E) * G::kBytes;
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i) {
     const int k = lane + i * G::kLanes;
     if (k >= points) break;
-    const Sample<float> at = sample_at(p, levels, query, row, k);
+    const Sample<float> at = sample_at(p, levels, tiles, query, row, k);
     const float near = attention[i] * at.y.near_weight, far = attention[i] * at.y.far_weight;
     stage.weights[k] = {{near * at.x.near_weight, near * at.x.far_weight, far * at.x.near_weight,
                          far * at.x.far_weight}};
@@ -183,19 +186,22 @@ __device__ inline void bytes_of(const Corners& at, unsigned pixel, unsigned (&by
   bytes[2] = first + at.down, bytes[3] = bytes[1] + at.down;
 }
 
-// What a block works on.
+// What a block works on: a tile of its x, of a head of an image that its y counts.
 template <class G>
 struct Place {
-  int64_t image, head, query, row;  // query: of B*Q; row: of B*Q*M
+  int image, head;
+  int64_t query, row;  // query: of B*Q; row: of B*Q*M
   bool inside;
 
-  __device__ Place(const Problem& p, const Tiles& tiles, int64_t block) {
-    const int64_t owner = block / tiles.count;
-    image = owner / p.M, head = owner % p.M;
-    const int found = query_of(tiles, static_cast<int>(block % tiles.count), threadIdx.x / G::kLanes);
+  __device__ Place(const Problem& p, const Tiles& tiles, int owner) {
+    const int heads = static_cast<int>(p.M);
+    image = owner / heads, head = owner % heads;
+    const int found = query_of(tiles, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x) / G::kLanes);
     inside = found >= 0;
     query = image * p.Q + (inside ? found : 0), row = query * p.M + head;
   }
+  // Where the image and head begin in value, in elements.
+  __device__ int64_t first_element(const Problem& p) const { return (image * p.S * p.M + head) * p.E; }
 };
 
 template <class V, int kWidth, int kMost>
@@ -206,13 +212,13 @@ __global__ void __launch_bounds__(kTiledThreads, 4) tiled_forward(const Problem 
   const unsigned pixel = static_cast<unsigned>(p.M) * kWidth * G::kBytes;
   const int lane = threadIdx.x % G::kLanes, first_channel = lane * G::kVector;
   const Stage stage(shared_memory(), points, G::kQueries, threadIdx.x / G::kLanes);
-  for (int64_t block = blockIdx.x; block < p.B * p.M * tiles.count; block += gridDim.x) {
-    const Place<G> at(p, tiles, block);
+  for (int owner = static_cast<int>(blockIdx.y); owner < static_cast<int>(p.B * p.M); owner += gridDim.y) {
+    const Place<G> at(p, tiles, owner);
     float attention[G::kOwn];
     attention_of<G>(p, at.row, lane, attention);
-    stage_points<G>(p, levels, at.query, at.row, lane, attention, stage);
+    stage_points<G>(p, levels, tiles, at.query, at.row, lane, attention, stage);
     __syncwarp();
-    const char* value = static_cast<const char*>(p.value_BSME) + (at.image * p.S * p.M + at.head) * kWidth * G::kBytes;
+    const char* value = static_cast<const char*>(p.value_BSME) + at.first_element(p) * G::kBytes;
     float sum[G::kVector] = {};
 #pragma unroll 2
     for (int k = 0; k < points; ++k) {
@@ -292,10 +298,19 @@ struct Bins {
   static constexpr int kEntries = 1024, kSlots = 2 * kEntries, kNone = 0xffff;
   static constexpr int kPoints = kEntries / (4 * G::kQueries);  // of each query at a time
 
+  static constexpr int kRow = G::kLanes * G::kVector;       // numbers of a query's gradient
+
+  // What a pixel gets: this much of the row of grads that begins there.
+  struct alignas(8) Part {
+    float weight;
+    int row;
+  };
+
   struct Shared {
-    float grads[G::kQueries * G::kLanes * G::kVector];  // of the output: a row for each query
+    float grads[G::kQueries * kRow];  // of the output: a row for each query
+    Part parts[kEntries];             // those of a pixel follow each other
     int keys[kSlots], counts[kSlots];  // the corner's bytes, or -1; entries, then where the next goes
-    unsigned short slot_of[kEntries], entries[kEntries];
+    unsigned short slot_of[kEntries];
     unsigned short used[kEntries], begin[kEntries], length[kEntries];  // of each pixel
     int pixels, filled;
   };
@@ -347,23 +362,30 @@ struct Bins {
     }
   }
 
-  __device__ void fill() const {
+  __device__ void fill(int first) const {
     for (int entry = threadIdx.x; entry < kEntries; entry += kTiledThreads) {
       const int slot = in.slot_of[entry];
-      if (slot != kNone) in.entries[atomicAdd(&in.counts[slot], 1)] = static_cast<unsigned short>(entry);
+      if (slot == kNone) continue;
+      const float weight = stage_of(entry).weights[first + point_of(entry)].of[entry % 4];
+      in.parts[atomicAdd(&in.counts[slot], 1)] = {weight, entry / (4 * kPoints) * kRow};
     }
   }
 
-  // A group sums the entries of a pixel, a lane its channels of them, and adds the sum to grad_value.
-  __device__ void add(int first, int lane, char* grad_value) const {
+  // A group sums the parts of a pixel, a lane its channels of them, and adds the sum to grad_value.
+  __device__ void add(int lane, char* grad_value) const {
+    const float* grads = in.grads + lane * G::kVector;
     for (int i = threadIdx.x / G::kLanes; i < in.pixels; i += G::kQueries) {
       float sum[G::kVector] = {};
-      for (int j = in.begin[i]; j < in.begin[i] + in.length[i]; ++j) {
-        const int entry = in.entries[j];
-        const float weight = stage_of(entry).weights[first + point_of(entry)].of[entry % 4];
-        const float* grad = in.grads + (entry / (4 * kPoints) * G::kLanes + lane) * G::kVector;
+      const int begin = in.begin[i], end = begin + in.length[i];
+#pragma unroll 2
+      for (int j = begin; j < end; ++j) {
+        const Part part = in.parts[j];
 #pragma unroll
-        for (int e = 0; e < G::kVector; ++e) sum[e] += weight * grad[e];
+        for (int e = 0; e < G::kVector; e += 4) {
+          const Four grad = *reinterpret_cast<const Four*>(grads + part.row + e);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[e + i] += part.weight * grad.of[i];
+        }
       }
       const unsigned bytes = static_cast<unsigned>(in.keys[in.used[i]]) + lane * 16u;
       float* to = reinterpret_cast<float*>(grad_value + 4 / G::kBytes * bytes);
@@ -375,7 +397,7 @@ struct Bins {
 
 // From the products of the corners with the output's gradient to the gradients of this lane's points.
 template <class G>
-__device__ void differentiate(const Problem& p, const Levels& levels, const Place<G>& at, int lane,
+__device__ void differentiate(const Problem& p, const Levels& levels, const Tiles& tiles, const Place<G>& at, int lane,
                               const float (&attention)[G::kOwn], const Stage& stage) {
   const int points = static_cast<int>(p.L * p.P);
   float samples[G::kOwn], common = 0;
@@ -385,7 +407,7 @@ __device__ void differentiate(const Problem& p, const Levels& levels, const Plac
     const int k = lane + i * G::kLanes;
     samples[i] = 0;
     if (k >= points) continue;
-    const Sample<float> sample = sample_at(p, levels, at.query, at.row, k);
+    const Sample<float> sample = sample_at(p, levels, tiles, at.query, at.row, k);
     const Four dots = stage.weights[k];
     const PointGrad<float> grad = point_grad(sample.x, sample.y, dots.of[0], dots.of[1], dots.of[2], dots.of[3]);
     const float x = chain(grad.x, attention[i]), y = chain(grad.y, attention[i]);
@@ -394,7 +416,7 @@ __device__ void differentiate(const Problem& p, const Levels& levels, const Plac
       float* offset = static_cast<float*>(p.grad_offsets_BQMLP2) + 2 * (at.row * points + k);
       offset[0] = chain(x, sample.frame_x.scale), offset[1] = chain(y, sample.frame_y.scale);
     }
-    const Level& level = levels.level[k / static_cast<int>(p.P)];
+    const Level& level = levels.level[tiles.level[k]];
     const float center_x = x * static_cast<float>(level.width), center_y = y * static_cast<float>(level.height);
     stage.weights[k] = {{center_x, center_y, chain(center_x, sample.offset_x * half_over_points),
                          chain(center_y, sample.offset_y * half_over_points)}};
@@ -435,17 +457,16 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
       *reinterpret_cast<typename Bins<G>::Shared*>(shared_memory() + Stage::bytes_of_query(points) * G::kQueries),
       shared_memory(), points};
   [[maybe_unused]] const float scale = kAdds == Adds::kFixed ? fixed_scale<float>(p) : 1.0f;
-  for (int64_t block = blockIdx.x; block < p.B * p.M * tiles.count; block += gridDim.x) {
-    const Place<G> at(p, tiles, block);
+  for (int owner = static_cast<int>(blockIdx.y); owner < static_cast<int>(p.B * p.M); owner += gridDim.y) {
+    const Place<G> at(p, tiles, owner);
     float attention[G::kOwn];
     attention_of<G>(p, at.row, lane, attention);
 #pragma unroll
     for (int i = 0; i < G::kOwn; ++i) attention[i] = at.inside ? attention[i] : 0.0f;
-    stage_points<G>(p, levels, at.query, at.row, lane, attention, stage);
+    stage_points<G>(p, levels, tiles, at.query, at.row, lane, attention, stage);
     __syncwarp();
-    const int64_t base = (at.image * p.S * p.M + at.head) * kWidth;
-    const char* value = static_cast<const char*>(p.value_BSME) + base * G::kBytes;
-    char* grad_value = static_cast<char*>(p.grad_value_BSME) + base * (kAdds == Adds::kFixed ? 8 : 4);
+    const char* value = static_cast<const char*>(p.value_BSME) + at.first_element(p) * G::kBytes;
+    char* grad_value = static_cast<char*>(p.grad_value_BSME) + at.first_element(p) * (kAdds == Adds::kFixed ? 8 : 4);
     const Pack<V> given =
         load_pack<V>(static_cast<const char*>(p.grad_out_BQME) + (at.row * kWidth + first_channel) * G::kBytes);
     float grad[G::kVector];
@@ -463,9 +484,9 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
           __syncthreads();
           bins.share_out();
           __syncthreads();
-          bins.fill();
+          bins.fill(k);
           __syncthreads();
-          bins.add(k, lane, grad_value);
+          bins.add(lane, grad_value);
           __syncthreads();
         }
       }
@@ -503,7 +524,7 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
       }
     }
     __syncwarp();
-    differentiate<G>(p, levels, at, lane, attention, stage);
+    differentiate<G>(p, levels, tiles, at, lane, attention, stage);
     if (p.grad_references_BMQLN) {
       __syncwarp();
       write_references<G>(p, at, lane, stage);
