@@ -158,8 +158,10 @@ def shares_of(shape: str, tensors: list[Tensor], ceilings: dict[str, float]) -> 
     }
 
 
-def input_sets(shape: str, batch: int, dtype: torch.dtype, device: torch.device) -> list[list[Tensor]]:
-    """Value, references, offsets, logits, as often as it takes to fill more than the caches."""
+def input_sets(
+    shape: str, batch: int, dtype: torch.dtype, device: torch.device, sets: int | None = None
+) -> list[list[Tensor]]:
+    """Value, references, offsets, logits: so many sets, or as many as it takes to fill more than the caches."""
     draw = torch.Generator().manual_seed(0)
     num_queries = QUERIES[shape.partition(",")[0]]
     value, references, offsets, logits = arguments(num_queries, dtype)
@@ -172,7 +174,7 @@ def input_sets(shape: str, batch: int, dtype: torch.dtype, device: torch.device)
     if "anywhere" in shape:
         references = torch.rand(1, num_queries, 1, 2, generator=draw).expand(-1, -1, L, -1).contiguous()
     one = [t.expand(batch, *t.shape[1:]).contiguous().to(device) for t in (value, references, offsets, logits)]
-    copies = max(2, math.ceil(CACHES_BYTES / one[0].nbytes))
+    copies = sets or max(2, math.ceil(CACHES_BYTES / one[0].nbytes))
     return [one, *([tensor.clone() for tensor in one] for _ in range(copies - 1))]
 
 

@@ -7,6 +7,8 @@
 // A coordinate is in pixels of its level: 0 is the centre of the first pixel. Outside of the map there are zeros.
 #pragma once
 
+#include <math.h>
+
 #if defined(__CUDACC__)
 #define TENFOLD_HD static __host__ __device__ __forceinline__
 #else
@@ -24,7 +26,7 @@ struct Real {
   using Index = int;
   TENFOLD_HD T all(T number) { return number; }
   TENFOLD_HD Index truncate(T number) { return static_cast<Index>(number); }
-  TENFOLD_HD T real(Index number) { return static_cast<T>(number); }
+  TENFOLD_HD T floor(T number) { return ::floor(number); }
 };
 
 // pixel = offset * scale + origin, along one axis. That is a point in each of its three descriptions.
@@ -63,22 +65,23 @@ struct Axis {
 // outside (1e30, infinity) get no weight and no gradient.
 template <class T>
 TENFOLD_HD Axis<T> axis(T pixel, T size) {
+  using Index = typename Real<T>::Index;
   const T zero = Real<T>::all(0), one = Real<T>::all(1);
   const T first = Real<T>::all(-2), last = size + one;
   pixel = pixel > first ? pixel : first;  // in this order: a comparison with NaN is false
   pixel = pixel < last ? pixel : last;
-  const T whole = Real<T>::real(Real<T>::truncate(pixel));
-  const T low = whole > pixel ? whole - one : whole, high = low + one;
-  const T fraction = pixel - low, end = size - one;
-  const auto low_inside = (low >= zero) & (low <= end), high_inside = (high >= zero) & (high <= end);
-  const T near = low > zero ? low : zero, far = high > zero ? high : zero;
+  const T low = Real<T>::floor(pixel), fraction = pixel - low;
+  const Index begin = Real<T>::truncate(low), next = begin + 1, end = Real<T>::truncate(size) - 1, none = end - end;
+  Index near = begin < end ? begin : end, far = next < end ? next : end;
+  near = near > none ? near : none, far = far > none ? far : none;
+  const auto near_inside = near == begin, far_inside = far == next;
   return {
-      Real<T>::truncate(near < end ? near : end),
-      Real<T>::truncate(far < end ? far : end),
-      low_inside ? one - fraction : zero,
-      high_inside ? fraction : zero,
-      low_inside ? -one : zero,
-      high_inside ? one : zero,
+      near,
+      far,
+      near_inside ? one - fraction : zero,
+      far_inside ? fraction : zero,
+      near_inside ? -one : zero,
+      far_inside ? one : zero,
   };
 }
 

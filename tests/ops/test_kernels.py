@@ -113,8 +113,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa, mode, heads, height, d
 
 @pytest.mark.parametrize("queries", [2, 40], ids=["in place", "copied"])
 def test_a_value_that_is_no_number_shows_only_where_it_is_seen(isa, queries, threads):
-    """Six points fill no vector. Its last lanes read nothing that no point does: not where the offsets of the next query
-    would lead from the reference of this one, which is the corner of the map here."""
+    """Six points fill no vector. Its last lanes read nothing that no point does: not where the offsets of the next
+    query would lead from the reference of this one, which is the corner of the map here."""
     sizes_hw = [(6, 4), (3, 8)]
     case = make("points", B=1, Q=queries, M=1, P=3, sizes_hw=sizes_hw, dtype=torch.float32)
     value, references, offsets, _ = case.tensors

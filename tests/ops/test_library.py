@@ -152,7 +152,8 @@ def test_unknown_instruction_set():
 
 def test_cuda_tensors_need_a_library_with_cuda(monkeypatch):
     monkeypatch.setattr(library, "CUDA_ARCHS", "")
-    with pytest.raises(RuntimeError, match=r"value: on cuda, but the library was built without CUDA .* `python setup.py build_ext"):
+    message = r"value: on cuda, but the library was built without CUDA .* `python setup.py build_ext"
+    with pytest.raises(RuntimeError, match=message):
         library.check(torch.device("cuda"))
 
 

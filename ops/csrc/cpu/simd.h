@@ -220,6 +220,13 @@ TENFOLD_INLINE Vec<double> exp_lanes(Vec<double> x) {
   return x;
 }
 
+// Of numbers that Index holds.
+template <class A>
+TENFOLD_INLINE Vec<A> floor_lanes(Vec<A> number) {
+  const Vec<A> whole = __builtin_convertvector(__builtin_convertvector(number, IndexVec<A>), Vec<A>);
+  return whole > number ? whole - 1 : whole;
+}
+
 }  // namespace
 
 template <>
@@ -228,7 +235,7 @@ struct Real<Types<float>::Vec> {
   using Index = Types<float>::Index;
   TENFOLD_INLINE Types<float>::Vec all(Scalar number) { return Types<float>::Vec{} + number; }
   TENFOLD_INLINE Index truncate(Types<float>::Vec number) { return __builtin_convertvector(number, Index); }
-  TENFOLD_INLINE Types<float>::Vec real(Index number) { return __builtin_convertvector(number, Types<float>::Vec); }
+  TENFOLD_INLINE Types<float>::Vec floor(Types<float>::Vec number) { return floor_lanes<float>(number); }
 };
 
 template <>
@@ -237,7 +244,7 @@ struct Real<Types<double>::Vec> {
   using Index = Types<double>::Index;
   TENFOLD_INLINE Types<double>::Vec all(Scalar number) { return Types<double>::Vec{} + number; }
   TENFOLD_INLINE Index truncate(Types<double>::Vec number) { return __builtin_convertvector(number, Index); }
-  TENFOLD_INLINE Types<double>::Vec real(Index number) { return __builtin_convertvector(number, Types<double>::Vec); }
+  TENFOLD_INLINE Types<double>::Vec floor(Types<double>::Vec number) { return floor_lanes<double>(number); }
 };
 
 }  // namespace tenfold
