@@ -75,7 +75,7 @@ bench: build  ## the figures in docs/results/ (real data is read through TENFOLD
 
 # PARTS="op ..."; empty: all of them
 PARTS ?=
-gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op sanitizer"; offline with PYTHON=python3
+gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op tests sanitizer"; offline with PYTHON=python3
 	@'$(PYTHON)' -m benchmarks.gpu_report $(if $(PARTS),--parts $(PARTS))
 
 clean:  ## remove the environment, what was built, caches; runs/ and data/ stay

@@ -40,12 +40,13 @@ REQUIRES = [
     "scipy",
     "safetensors",
     "pillow",
+    "matplotlib",
     "numpy",
     "tqdm",
 ]
 
 EXTRAS = {
-    "dev": ["pytest", "hypothesis", "ruff", "mypy", "clang-format", "faster-coco-eval", "matplotlib"],
+    "dev": ["pytest", "hypothesis", "ruff", "mypy", "clang-format", "faster-coco-eval"],
     # The same COCO numbers as pycocotools, about 9 times faster.
     "fast": ["faster-coco-eval"],
     # NVIDIA's apex, from its repository: the "apex" of PyPI is another project. Its kernels, which are all

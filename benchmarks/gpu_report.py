@@ -1,6 +1,6 @@
 """What needs a GPU, in parts of at most 8 minutes, each with its results in docs/results/gpu-<part>.{json,md}.
 
-    make gpu-report [PARTS="op sanitizer"]             (offline, in an environment of your own: PYTHON=python3)
+    make gpu-report [PARTS="op tests sanitizer"]       (offline, in an environment of your own: PYTHON=python3)
 
 A part is some commands, one after the other. A command that fails, or is not done in time, is recorded with what it
 printed last and ends its part; the next part starts all the same. Where there is no .git, TENFOLD_COMMIT names the
@@ -21,17 +21,12 @@ from framework.errors import FAILED, UsageError, command
 
 PART_S = 480.0  # of all commands of a part
 SHOWN_LINES = 15  # of the output of a command that failed
+# For the GPUs that are there; does nothing where it is built.
+BUILD = ["make", "-s", "build", f"PYTHON={sys.executable}"]
 PARTS = {
-    "op": [
-        ["setup.py", "-q", "build_ext", "--inplace"],
-        ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops"],
-        ["-m", "benchmarks.precision", "--device", "cuda"],
-        ["-m", "benchmarks.op_gpu"],
-    ],
-    "sanitizer": [
-        ["setup.py", "-q", "build_ext", "--inplace"],
-        ["-m", "benchmarks.gpu_sanitizer"],
-    ],
+    "op": [BUILD, ["-m", "benchmarks.precision", "--device", "cuda"], ["-m", "benchmarks.op_gpu"]],
+    "tests": [BUILD, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops"]],
+    "sanitizer": [BUILD, ["-m", "benchmarks.gpu_sanitizer"]],
 }
 
 
@@ -62,12 +57,17 @@ def run_part(part: str, commands: list[list[str]], limit_s: float) -> bool:
 
 
 def run_command(arguments: list[str], limit_s: float) -> dict[str, Any]:
-    """A command of this repository's Python: how it ended, its seconds, and its last words where it failed."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    """A command of this repository's Python, or make: how it ended, its seconds, its last words where it failed."""
+    line = arguments if arguments[0] == "make" else [sys.executable, *arguments]
+    environment = (
+        {"TENFOLD_CUDA_ARCHS": "native"}
+        | os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    )
     started = time.monotonic()
     try:
         result = subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, timeout=max(limit_s, 1.0), text=True,
+            line, cwd=ROOT, env=environment, timeout=max(limit_s, 1.0), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         outcome, output = ("done" if result.returncode == 0 else f"exit code {result.returncode}"), result.stdout
@@ -78,7 +78,7 @@ def run_command(arguments: list[str], limit_s: float) -> dict[str, Any]:
     kept = lines[-1:] if outcome == "done" else lines[-SHOWN_LINES:]
     seconds = round(time.monotonic() - started, 1)
     return {
-        "command": " ".join(["python", *arguments]),
+        "command": " ".join(line).replace(sys.executable, "python"),
         "outcome": outcome,
         "s": seconds,
         "last words": " / ".join(kept),

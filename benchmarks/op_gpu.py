@@ -17,6 +17,8 @@ Writes docs/results/gpu-op.{json,md}.
 import argparse
 import json
 import math
+import os
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -37,6 +39,7 @@ from ops import compiled, library, reference
 
 CACHES_BYTES = 100e6  # of the largest GPU in use: 50 MB on an H100, twice for what is written
 RUNS, REPEATS = 10, 5
+AHEAD_CYCLES = 20_000_000  # about 10 ms
 Settings = Callable[[], AbstractContextManager]
 Rivals = dict[str, tuple[Run, tuple[torch.dtype, ...]]]
 
@@ -69,7 +72,11 @@ def measured_ceilings(device: torch.device) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "ceilings")
         source = Path(__file__).with_name("ceilings.cu")
-        subprocess.run(["nvcc", "-std=c++17", "-O3", "-arch=native", "-o", program, source], check=True)
+        home = os.environ.get("CUDA_HOME")
+        nvcc = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+        if nvcc is None:
+            raise UsageError("no nvcc, which the measured ceilings need, on the PATH or in bin/ of CUDA_HOME")
+        subprocess.run([nvcc, "-std=c++17", "-O3", "-arch=native", "-o", program, source], check=True)
         found = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     return {"copy, GB/s": speed_of_copy(device) / 1e9} | json.loads(found)
 
@@ -91,22 +98,32 @@ def sides(batch: int, dtype: torch.dtype, rivals: Rivals) -> dict[str, tuple[Run
         "core": (core, nullcontext),
     }
     if batch == 1:  # they need seconds, and gigabytes
-        given |= {"stacked": (stacked, nullcontext), "stacked, compiled": (torch.compile(stacked), nullcontext)}
+        given |= {"stacked": (stacked, nullcontext), "stacked, compiled": (compiled_stacked(), nullcontext)}
     return given | {name: (run, nullcontext) for name, (run, dtypes) in rivals.items() if dtype in dtypes}
+
+
+def compiled_stacked() -> Run:
+    """Compiled anew: after some shapes and dtypes torch.compile gives up and runs what it was given."""
+    torch._dynamo.reset()
+    return torch.compile(stacked, dynamic=False)
 
 
 @contextmanager
 def by_corners():
     library.sum_pixels_on_gpu(False)
-    yield
-    library.sum_pixels_on_gpu(True)
+    try:
+        yield
+    finally:
+        library.sum_pixels_on_gpu(True)
 
 
 @contextmanager
 def deterministic():
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def rows_of(
@@ -123,7 +140,9 @@ def rows_of(
             try:
                 with settings():
                     seconds[name].append(seconds_of(run, sets, device))
-            except (RuntimeError, ValueError, AssertionError) as error:
+            except Exception as error:  # whatever a kernel of others raises
+                if name == "fused":
+                    raise
                 failed[name] = str(error).partition("\n")[0]
     own = [statistics.median(way) for way in zip(*seconds["fused"], strict=True)]
     shares = shares_of(shape, sets[0], ceilings)
@@ -200,12 +219,13 @@ def seconds_of(run: Run, sets: list[list[Tensor]], device: torch.device) -> tupl
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a GPU's own clock, which the host's launches do not stretch where they are ahead."""
+    """Seconds of a GPU's own clock, without the host's launches."""
     if device.type != "cuda":
         started = time.perf_counter()
         work()
         return time.perf_counter() - started
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD_CYCLES)  # the host launches all of it meanwhile
     begin.record()
     work()
     end.record()

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from framework.errors import UsageError
+
 NormLayer = Callable[[int], nn.Module]
 
 
@@ -17,6 +19,7 @@ NormLayer = Callable[[int], nn.Module]
 class BackboneConfig:
     """name: which ResNet. dilation: DC5, the last stage at stride 16 with dilation 2 instead of stride 32.
 
+    width: channels of the stem, of which all others are multiples; 64 as published, 32 for small experiments.
     norm: frozen (batch norm whose statistics and affine never change; stem and first stage do not train
     either, as published) or group (32 groups, everything trains: for training from scratch).
     weights: a torchvision ResNet file to start from.
@@ -25,7 +28,12 @@ class BackboneConfig:
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     dilation: bool = False
     norm: Literal["frozen", "group"] = "frozen"
+    width: int = 64
     weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.width < 32 or self.width % 32:
+            raise UsageError(f"model.backbone.width: found {self.width}, expected a multiple of 32 (group norm)")
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -105,20 +113,24 @@ class ResNet(nn.Module):
     strides and channels list what each returned map has. Source: He et al. 2016; layout of torchvision.
     """
 
-    def __init__(self, name: str, *, num_maps: int, dilation: bool, norm: NormLayer, freeze_stem: bool):
+    def __init__(
+        self, name: str, *, num_maps: int, dilation: bool, norm: NormLayer, freeze_stem: bool, width: int = 64
+    ):
         super().__init__()
         block, depths = BLOCKS[name]
         self.num_maps = num_maps
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = norm(64)
+        c = [width * 2**i for i in range(4)]
+        ins = [width, *(channels * block.expansion for channels in c)]
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = _stage(block, 64, 64, depths[0], 1, 1, norm)
-        self.layer2 = _stage(block, 64 * block.expansion, 128, depths[1], 2, 1, norm)
-        self.layer3 = _stage(block, 128 * block.expansion, 256, depths[2], 2, 1, norm)
-        self.layer4 = _stage(block, 256 * block.expansion, 512, depths[3], *((1, 2) if dilation else (2, 1)), norm)
+        self.layer1 = _stage(block, ins[0], c[0], depths[0], 1, 1, norm)
+        self.layer2 = _stage(block, ins[1], c[1], depths[1], 2, 1, norm)
+        self.layer3 = _stage(block, ins[2], c[2], depths[2], 2, 1, norm)
+        self.layer4 = _stage(block, ins[3], c[3], depths[3], *((1, 2) if dilation else (2, 1)), norm)
         self.strides = [8, 16, 16 if dilation else 32][-num_maps:]
-        self.channels = [c * block.expansion for c in (128, 256, 512)][-num_maps:]
+        self.channels = ins[-num_maps:]
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

@@ -131,6 +131,7 @@ def _backbone(config: ModelConfig) -> ResNet:
         dilation=config.backbone.dilation,
         norm=FrozenBatchNorm2d if frozen else group_norm,
         freeze_stem=frozen,
+        width=config.backbone.width,
     )
 
 

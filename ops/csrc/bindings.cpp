@@ -259,13 +259,14 @@ struct CudaStream {
 // --- The operators ---
 
 Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  if (!like.is_cpu()) return torch::stable::new_empty(like, sizes, dtype);
   Tensor tensor;
   try {
     tensor = torch::stable::new_empty(like, sizes, dtype);
   } catch (const std::exception&) {  // whose words name no cause
     fail("out of memory for ", shown(sizes.data(), sizes.size()), " of ", torch::headeronly::toString(dtype));
   }
-  if (tensor.is_cpu()) use_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  use_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
 }
 Tensor empty(const Tensor& like, const Sizes& sizes) { return empty(like, sizes, like.scalar_type()); }

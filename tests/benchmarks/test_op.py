@@ -66,7 +66,7 @@ CEILINGS = {"copy, GB/s": 1.0} | {
 def test_sides_on_a_gpu_take_turns(monkeypatch):
     """On the CPU, where the settings change nothing and every side has the same inputs."""
     monkeypatch.setattr(op_gpu, "REPEATS", 1)
-    monkeypatch.setattr(torch, "compile", lambda run: run)
+    monkeypatch.setattr(torch, "compile", lambda run, dynamic: run)
 
     def broken(tensors):
         raise RuntimeError("no kernel for this GPU\nand more")

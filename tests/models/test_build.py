@@ -232,6 +232,15 @@ def test_backbone_maps(name, dilation):
     assert [96 // m.shape[2] for m in maps] == backbone.strides == [8, 16, 16 if dilation else 32]
 
 
+def test_a_thinner_backbone():
+    backbone = ResNet("resnet50", num_maps=2, dilation=False, norm=group_norm, freeze_stem=False, width=32)
+    with torch.no_grad():
+        assert [m.shape[1] for m in backbone(torch.zeros(1, 3, 64, 64))] == backbone.channels == [512, 1024]
+    assert backbone.conv1.out_channels == 32
+    with pytest.raises(UsageError, match="model.backbone.width: found 48, expected a multiple of 32"):
+        BackboneConfig(width=48)
+
+
 def test_sine_position_is_that_of_the_unpadded_part():
     padding = torch.ones(1, 6, 8, dtype=torch.bool)
     padding[:, :3, :4] = False

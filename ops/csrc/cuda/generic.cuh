@@ -152,9 +152,10 @@ __global__ void forward_kernel(const Problem p, const Levels levels) {
 template <class A>
 __device__ A fixed_scale(const Problem& p) {
   const A* largest = static_cast<const A*>(p.largest);
-  const A weights = p.mode == Mode::kLocations ? largest[1] * static_cast<A>(p.L * p.P) : A(1);
-  const A bound = largest[0] * weights * static_cast<A>(p.Q);
-  if (!(bound > 0) || !(bound < A(INFINITY))) return 1;
+  // In double, which holds what sums of floats may overflow.
+  const double weights = p.mode == Mode::kLocations ? static_cast<double>(largest[1]) * static_cast<double>(p.L * p.P) : 1;
+  const double bound = static_cast<double>(largest[0]) * weights * static_cast<double>(p.Q);
+  if (!(bound > 0) || !(bound < INFINITY)) return 1;
   const int exponent = 61 - ilogb(bound), most = sizeof(A) == 8 ? 1000 : 120;
   return static_cast<A>(ldexp(1.0, exponent < most ? exponent : most));
 }
@@ -167,6 +168,14 @@ __device__ void add_fixed(void* sums, int64_t element, A scaled) {
 __device__ inline unsigned bits_of(float number) { return __float_as_uint(number); }
 __device__ inline unsigned long long bits_of(double number) {
   return static_cast<unsigned long long>(__double_as_longlong(number));
+}
+
+// An attention weight that is no number leaves its mark, which an integer could not.
+template <class A>
+__device__ void mark_unknown(const Problem& p, A weight) {
+  if (weight == weight) return;
+  using Bits = decltype(bits_of(A()));
+  atomicMax(static_cast<Bits*>(p.largest) + 1, bits_of(weight) & (~Bits{0} >> 1));
 }
 
 // The largest magnitude of some numbers; NaN where there is one. As integers, positive numbers have the same order.
@@ -217,7 +226,7 @@ __device__ void scatter(const Problem& p, const Sample<A>& at, A weight, const V
       if (weights[c] == 0) continue;
       const int64_t element = first + at.pixel[c] * channels + e;
       if (p.largest) {
-        add_fixed(p.grad_value_BSME, element, weights[c] * grad * scale);
+        add_fixed(p.grad_value_BSME, element, weights[c] * grad * scale);  // in this order: the product has a bound
       } else {
         atomicAdd(static_cast<A*>(p.grad_value_BSME) + element, weights[c] * grad);
       }
@@ -248,6 +257,7 @@ __global__ void backward_kernel(const Problem p, const Levels levels) {
       for (int point = 0; point < p.P; ++point, ++k) {
         const Sample<A> at = sample_of<A>(p, levels.level[l], query, row, l, k);
         const A weight = attention.weight(k);
+        if (p.largest) mark_unknown(p, weight);
         A dots[4];
         scatter<V, A>(p, at, weight, value, grad_out, first, scale, dots);
         const PointGrad<A> grad = point_grad(at.x, at.y, dots[0], dots[1], dots[2], dots[3]);

@@ -9,11 +9,15 @@ namespace {
 // The device of the tensors is the current one while this lives.
 struct OnDevice {
   int before = -1;
+  bool changed;
   explicit OnDevice(int device) {
     cudaGetDevice(&before);
-    cudaSetDevice(device);
+    changed = before != device;
+    if (changed) cudaSetDevice(device);
   }
-  ~OnDevice() { cudaSetDevice(before); }
+  ~OnDevice() {
+    if (changed) cudaSetDevice(before);
+  }
 };
 
 int blocks_for(int64_t threads) {

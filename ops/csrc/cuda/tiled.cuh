@@ -462,7 +462,10 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
     float attention[G::kOwn];
     attention_of<G>(p, at.row, lane, attention);
 #pragma unroll
-    for (int i = 0; i < G::kOwn; ++i) attention[i] = at.inside ? attention[i] : 0.0f;
+    for (int i = 0; i < G::kOwn; ++i) {
+      attention[i] = at.inside ? attention[i] : 0.0f;
+      if constexpr (kAdds == Adds::kFixed) mark_unknown(p, attention[i]);
+    }
     stage_points<G>(p, levels, tiles, at.query, at.row, lane, attention, stage);
     __syncwarp();
     const char* value = static_cast<const char*>(p.value_BSME) + at.first_element(p) * G::kBytes;
@@ -505,10 +508,9 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
         for (int e = 0; e < G::kVector; ++e) products[c] += grad[e] * row[e];
         if (kAdds == Adds::kPixels || weights.of[c] == 0) continue;
         if constexpr (kAdds == Adds::kFixed) {
-          const float scaled = weights.of[c] * scale;
           char* to = grad_value + int64_t{8 / G::kBytes} * (bytes[c] + lane * 16u);
 #pragma unroll
-          for (int e = 0; e < G::kVector; ++e) add_fixed(to, e, scaled * grad[e]);
+          for (int e = 0; e < G::kVector; ++e) add_fixed(to, e, weights.of[c] * grad[e] * scale);
         } else {
           float* to = reinterpret_cast<float*>(grad_value + 4 / G::kBytes * (bytes[c] + lane * 16u));
 #pragma unroll

@@ -1,0 +1,238 @@
+"""How fast runs converge: AP against epochs, images, steps and time, out of TensorBoard's event files."""
+
+import argparse
+import logging
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from framework.errors import InputError, UsageError, command
+from framework.tracking.charts import draw_curves, draw_published, draw_sizes
+from framework.tracking.console import setup_logging, write_json
+from framework.tracking.curves import Curve, read_curve
+
+EXAMPLE = """examples:
+  python -m framework.convergence runs/deformable-seed1 runs/deformable-seed2 runs/detr-seed1 --out convergence \\
+      --baseline detr
+  python -m framework.convergence 'Deformable DETR=runs/a' 'DETR, 12 epochs=runs/b' 'DETR, 120 epochs=runs/c' \\
+      --out convergence --method 'Deformable DETR' --schedules 'DETR, 12 epochs' 'DETR, 120 epochs'
+  python -m framework.convergence theirs=some/folder --tag eval/mAP --out convergence     (somebody else's run)
+
+RUN is a run folder, or any folder with event files, with a label before it where LABEL= stands there; runs of one
+label are seeds of one line. Without a label: the folder's name without -seedN."""
+
+SHARES = (0.5, 0.75, 0.9, 1.0)  # of the baseline's best AP
+NEAR_ENOUGH, FLAT = (
+    0.9,
+    0.01,
+)  # a baseline counts as converged within 90 % of the method, or when it gains less than 1 AP
+AXES = ("epoch", "images", "step", "hours")
+
+log = logging.getLogger("tenfold")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    setup_logging(None, is_main=True)
+    curves = comparable([curve for text in args.runs if (curve := read_curve(text, args.tag))])
+    if not curves:
+        raise InputError("no run is left to draw; the lines above say why")
+    lines = by_label(curves)
+    out = Path(args.out)
+    result: dict[str, Any] = {"tag": args.tag, "runs": [vars(curve) for curve in curves]}
+    if args.baseline:
+        result["milestones"] = milestones(lines, of(args.baseline, "--baseline", lines))
+    if args.method:
+        schedules = [of(label, "--schedules", lines) for label in args.schedules]
+        result["protocol"] = protocol(lines[of(args.method, "--method", lines)], [lines[label] for label in schedules])
+    write_json(out / "convergence.json", result)
+    for axis in AXES:
+        draw_curves(lines, axis, args.tag, out / f"ap-{axis}")
+    draw_sizes(lines, out / "sizes")
+    draw_published(PUBLISHED, out / "published")
+    (out / "convergence.md").write_text(markdown(lines, result))
+    write_layout(out, args.tag)
+    print(markdown(lines, result))
+    log.info("charts, table and JSON are in %s", out)
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m framework.convergence", description=__doc__, epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="[LABEL=]FOLDER with TensorBoard's event files")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the charts, the table and the JSON")
+    parser.add_argument("--tag", default="val/AP", help="scalar to compare (default: val/AP)")
+    parser.add_argument("--baseline", metavar="LABEL", help="whose best AP the others' epochs are measured against")
+    parser.add_argument("--method", metavar="LABEL", help="with --schedules: whose final AP a schedule has to reach")
+    parser.add_argument("--schedules", nargs="+", metavar="LABEL", default=[], help="the baseline's complete schedules")
+    args = parser.parse_args(argv)
+    if bool(args.method) != bool(args.schedules):
+        raise UsageError("--method, --schedules: expected both or neither")
+    return args
+
+
+def comparable(curves: list[Curve]) -> list[Curve]:
+    """Those on the data that most of them were trained on; a line for each of the others."""
+    sets = Counter(curve.fingerprint for curve in curves if curve.fingerprint)
+    if len(sets) < 2:
+        return curves
+    (chosen, count), *_ = sets.most_common()
+    for curve in curves:
+        if curve.fingerprint not in (chosen, None):
+            log.warning("%s is left out: %s was trained on the data %s, %d of the other runs on %s", curve.label,
+                        curve.folder, curve.fingerprint, count, chosen)  # fmt: skip
+    return [curve for curve in curves if curve.fingerprint in (chosen, None)]
+
+
+def by_label(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    lines: dict[str, list[Curve]] = {}
+    for curve in curves:
+        lines.setdefault(curve.label, []).append(curve)
+    return lines
+
+
+def of(label: str, flag: str, lines: dict[str, list[Curve]]) -> str:
+    if label not in lines:
+        raise UsageError(f"{flag} {label}: expected one of {', '.join(lines)}")
+    return label
+
+
+def milestones(lines: dict[str, list[Curve]], baseline: str) -> list[dict[str, Any]]:
+    """Where each line reaches shares of the baseline's best AP, and how many times sooner than the baseline does.
+
+    The best is what all of the baseline's seeds reach. Numbers are [lowest, median, highest] over seeds, ratios over
+    all pairs of seeds; null where one of the seeds does not come that far.
+    """
+    best = min(curve.best for curve in lines[baseline])
+    rows = []
+    for share in SHARES:
+        for label, curves in lines.items():
+            row: dict[str, Any] = {"share": share, "AP": share * best, "label": label, "seeds": len(curves)}
+            for axis in AXES:
+                own = [curve.first(axis, share * best) for curve in curves]
+                theirs = [curve.first(axis, share * best) for curve in lines[baseline]]
+                row[axis] = spread(own)
+                row[f"{axis}, times sooner"] = spread([b / a if a and b else None for a in own for b in theirs])
+            rows.append(row)
+    return rows
+
+
+def spread(numbers: Sequence[float | None]) -> list[float] | None:
+    known = [number for number in numbers if number is not None]
+    return [min(known), statistics.median(known), max(known)] if known and len(known) == len(numbers) else None
+
+
+def protocol(method: list[Curve], schedules: list[list[Curve]]) -> dict[str, Any]:
+    """The shortest complete schedule of the baseline whose final AP reaches the method's, in the method's epochs.
+
+    Final APs are means over seeds. Valid only if the longest schedule ends within NEAR_ENOUGH of the method's AP or had
+    become flat: it gained less than FLAT over the last fifth before its learning rate dropped.
+    Raises InputError: a run does not say its epochs.
+    """
+    target, length = final(method), epochs_of(method)
+    table = [
+        {"label": curves[0].label, "seeds": len(curves), "epochs": epochs_of(curves),
+         "times": epochs_of(curves) / length, "AP": final(curves)}
+        for curves in sorted(schedules, key=epochs_of)
+    ]  # fmt: skip
+    reached = [epochs_of(curves) / length for curves in schedules if final(curves) >= target]
+    longest = max(schedules, key=epochs_of)
+    gains = [gain_before_drop(curve) for curve in longest]
+    flat = None not in gains and statistics.mean(gain for gain in gains if gain is not None) < FLAT
+    valid = final(longest) >= NEAR_ENOUGH * target or flat
+    words = f"{min(reached):.3g}" if reached else f"> {epochs_of(longest) / length:.3g}, not reached"
+    return {
+        "method": method[0].label,
+        "seeds": len(method),
+        "epochs": length,
+        "AP": target,
+        "schedules": table,
+        "ratio": min(reached) if reached else None,
+        "in words": words if valid else f"(baseline not converged) {words}",
+        "valid": valid,
+        "gain of the longest over the last fifth before its drop": gains,
+    }
+
+
+def final(curves: Sequence[Curve]) -> float:
+    return statistics.mean(float(curve.last["AP"] or 0) for curve in curves)
+
+
+def epochs_of(curves: Sequence[Curve]) -> float:
+    ends = {curve.last["epoch"] for curve in curves}
+    if None in ends or len(ends) != 1:
+        found = ", ".join(f"{curve.folder}: {curve.last['epoch']}" for curve in curves)
+        raise InputError(f"{curves[0].label}: expected seeds that say their epochs and end at the same; found {found}")
+    return float(ends.pop() or 0)
+
+
+def gain_before_drop(curve: Curve) -> float | None:
+    """AP over the last fifth of the epochs before the learning rate dropped; None where it did not."""
+    if curve.drop_epoch is None:
+        return None
+    before = [p for p in curve.points if p["epoch"] is not None and p["epoch"] <= curve.drop_epoch]
+    early = [p for p in before if float(p["epoch"] or 0) <= 0.8 * curve.drop_epoch]
+    return float(before[-1]["AP"] or 0) - float(early[-1]["AP"] or 0) if early else None
+
+
+def markdown(lines: dict[str, list[Curve]], result: dict[str, Any]) -> str:
+    def shown(numbers: list[float] | None) -> str:
+        if numbers is None:
+            return "not reached"
+        low, middle, high = (f"{number:.3g}" for number in numbers)
+        return middle if low == high else f"{middle} ({low} to {high})"
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f}"
+
+    text = ["# Convergence", "", "| run | seeds | epochs | AP | small | medium | large | hours |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for label, curves in lines.items():
+        for curve in curves:
+            last = curve.last
+            sizes = " | ".join(percent(last[key]) for key in ("AP", "APs", "APm", "APl"))
+            epoch, hours = (f"{v:.3g}" if v is not None else "" for v in (last["epoch"], last["hours"]))
+            text.append(f"| {label} | {len(curves)} | {epoch} | {sizes} | {hours} |")
+    if found := result.get("protocol"):
+        text += ["", f"A baseline that reaches the AP of {found['method']}, {percent(found['AP'])} after "
+                 f"{found['epochs']:g} epochs, takes **{found['in words']}** times as many.", "",
+                 "| complete schedule | seeds | epochs | times | final AP |", "|---|--:|--:|--:|--:|"]  # fmt: skip
+        text += [f"| {row['label']} | {row['seeds']} | {row['epochs']:g} | {row['times']:.3g} | "
+                 f"{percent(row['AP'])} |" for row in found["schedules"]]  # fmt: skip
+    if rows := result.get("milestones"):
+        text += ["", "| share of the baseline's best | AP | run | epochs | times sooner | hours | times sooner |",
+                 "|--:|--:|---|--:|--:|--:|--:|"]  # fmt: skip
+        text += [f"| {row['share']:.0%} | {percent(row['AP'])} | {row['label']} | {shown(row['epoch'])} | "
+                 f"{shown(row['epoch, times sooner'])} | {shown(row['hours'])} | {shown(row['hours, times sooner'])} |"
+                 for row in rows]  # fmt: skip
+    return "\n".join(text) + "\n"
+
+
+def write_layout(out: Path, tag: str) -> None:
+    """TensorBoard's custom scalars: the runs beside this folder under one tab, sizes apart."""
+    layout = {"convergence": {name: ["Multiline", [f"^{tag}{size}$"]] for name, size in
+                              (("AP", ""), ("small", "s"), ("medium", "m"), ("large", "l"))}}  # fmt: skip
+    with SummaryWriter(str(out / "tensorboard")) as writer:
+        writer.add_custom_scalars(layout)
+
+
+# AP on COCO val2017, ResNet-50: (epochs, AP). Zhu et al. 2021, Table 1; 12 epochs: Zhang et al. 2022 (DINO), Table 1.
+PUBLISHED: dict[str, list[tuple[int, float]]] = {
+    "Faster R-CNN + FPN": [(109, 42.0)],
+    "DETR": [(500, 42.0)],
+    "DETR-DC5": [(12, 15.5), (50, 35.3), (500, 43.3)],
+    "Deformable DETR": [(12, 41.1), (50, 43.8)],
+    "+ iterative refinement": [(50, 45.4)],
+    "++ two-stage": [(50, 46.2)],
+}
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,150 @@
+"""Curves, ratios and charts from event files that are written here."""
+
+import json
+import math
+import time
+
+import pytest
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from framework import convergence
+from framework.errors import InputError, UsageError
+from framework.tracking.curves import read_curve
+
+STEPS_AN_EPOCH = 10
+
+
+def write_run(folder, aps, *, drop=None, tag="val/AP", fingerprint="a", epochs=True):
+    """An AP after every epoch, a minute each; the learning rate drops after epoch `drop`."""
+    writer = SummaryWriter(str(folder / "tensorboard"))
+    start = time.time()
+    for epoch, ap in enumerate(aps, 1):
+        step, at = epoch * STEPS_AN_EPOCH, start + 60 * epoch
+        values = {tag: ap, f"{tag}s": ap / 2, "images_seen": 8 * step}
+        values |= {"lr/rest": 1e-4 if drop is None or epoch <= drop else 1e-5}
+        for name, value in (values | ({"epoch": epoch} if epochs else {})).items():
+            writer.add_scalar(name, value, step, walltime=at)
+    writer.close()
+    (folder / "environment.json").write_text(json.dumps({"fingerprint": fingerprint}))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A method that has 0.4 after 4 epochs, and a baseline with schedules of 4, 20 and 40 epochs."""
+    for seed in (1, 2):
+        more = seed / 1000
+        write_run(tmp_path / f"fast-seed{seed}", [0.1, 0.2, 0.3, 0.4 + more], drop=3)
+        write_run(tmp_path / f"slow4-seed{seed}", [0.0, 0.01, 0.02, 0.03], drop=3)
+        write_run(tmp_path / f"slow20-seed{seed}", [0.015 * epoch for epoch in range(1, 21)], drop=16)
+        write_run(tmp_path / f"slow40-seed{seed}", [0.0105 * epoch for epoch in range(1, 41)], drop=32)
+    return tmp_path
+
+
+def run(runs, tmp_path, *flags):
+    out = tmp_path / "out"
+    assert convergence.main([*map(str, sorted(runs.glob("*-seed*"))), "--out", str(out), *flags]) == 0
+    return json.loads((out / "convergence.json").read_text()), out
+
+
+PROTOCOL = ("--method", "fast", "--schedules", "slow40", "slow4", "slow20")
+
+
+def test_ratio_of_the_protocol(runs, tmp_path):
+    result, out = run(runs, tmp_path, *PROTOCOL)
+    found = result["protocol"]
+    assert [(row["label"], row["times"]) for row in found["schedules"]] == [("slow4", 1), ("slow20", 5), ("slow40", 10)]
+    assert (found["ratio"], found["in words"], found["valid"]) == (10, "10", True)
+    assert "takes **10** times as many" in (out / "convergence.md").read_text()
+
+
+def test_a_baseline_that_never_reaches_it(runs, tmp_path):
+    for seed in (3, 4):  # further: the method's mean is out of reach
+        write_run(tmp_path / f"fast-seed{seed}", [0.1, 0.2, 0.3, 0.48], drop=3)
+    found = run(runs, tmp_path, *PROTOCOL)[0]["protocol"]
+    assert (found["ratio"], found["in words"], found["valid"]) == (None, "> 10, not reached", True)  # within 90 %
+
+
+def test_a_baseline_that_has_not_converged_proves_nothing(runs, tmp_path):
+    found = run(runs, tmp_path, "--method", "fast", "--schedules", "slow4", "slow20")[0]["protocol"]
+    assert found["in words"] == "(baseline not converged) > 5, not reached" and not found["valid"]
+    assert found["gain of the longest over the last fifth before its drop"] == pytest.approx([0.06, 0.06])
+
+
+def test_a_flat_baseline_is_valid(tmp_path):
+    write_run(tmp_path / "fast", [0.1, 0.4], drop=1)
+    write_run(tmp_path / "flat", [0.1] * 20, drop=16)
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "fast"), str(tmp_path / "flat"), "--out", str(out), "--method", "fast"]
+    assert convergence.main([*arguments, "--schedules", "flat"]) == 0
+    assert json.loads((out / "convergence.json").read_text())["protocol"]["valid"]
+
+
+def test_milestones_and_their_spread(runs, tmp_path):
+    result, _ = run(runs, tmp_path, "--baseline", "slow40")
+    rows = {(row["share"], row["label"]): row for row in result["milestones"]}
+    half = rows[0.5, "fast"]
+    assert half["AP"] == pytest.approx(0.21) and half["epoch"] == [3, 3, 3]
+    assert half["epoch, times sooner"] == pytest.approx([20 / 3] * 3)
+    assert half["images"] == [240, 240, 240] and half["hours"][1] == pytest.approx(0.05, abs=0.01)
+    assert rows[1.0, "slow40"]["epoch"] == [40, 40, 40] and rows[0.5, "slow4"]["epoch"] is None
+
+
+def test_pictures_and_tensorboards_layout(runs, tmp_path):
+    _, out = run(runs, tmp_path)
+    for name in ("ap-epoch", "ap-images", "ap-step", "ap-hours", "sizes", "published"):
+        with Image.open(out / f"{name}.png") as picture:
+            colours = picture.convert("RGB").getcolors(maxcolors=2**20)
+            assert picture.width > 800 and len(colours) > 50
+        assert "<svg" in (out / f"{name}.svg").read_text()[:1000]
+    [layout] = (out / "tensorboard").iterdir()
+    assert b"^val/APs$" in layout.read_bytes()
+
+
+def warnings_of(capsys):
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_is_left_out_with_a_line(runs, tmp_path, capsys):
+    write_run(tmp_path / "other-seed1", [0.5, 0.6], fingerprint="b")
+    write_run(tmp_path / "theirs-seed1", [0.5], tag="eval/mAP")
+    write_run(tmp_path / "nan-seed1", [math.nan, math.nan])
+    write_run(tmp_path / "holes-seed1", [0.1, math.nan, 0.2])
+    (tmp_path / "empty-seed1").mkdir()
+    result, _ = run(runs, tmp_path)
+    said = warnings_of(capsys)
+    assert {run["label"] for run in result["runs"]} == {"fast", "slow4", "slow20", "slow40", "holes"}
+    assert "other is left out" in said and "was trained on the data b" in said
+    assert "theirs is left out" in said and "no val/AP (--tag) in it, only eval/mAP" in said
+    assert "nan is left out" in said and "val/AP is NaN at all of its steps" in said
+    assert "empty is left out" in said and "found no event file" in said
+    assert "holes: val/AP is NaN at 1 of its 3 steps, which are passed over" in said
+
+
+def test_gaps_are_named(tmp_path, capsys):
+    write_run(tmp_path / "run", [0.1, 0.2, *[math.nan] * 3, 0.3, 0.4])
+    assert convergence.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert "run: nothing between steps 20 and 60, where usually 10 lie between two points" in warnings_of(capsys)
+
+
+def test_runs_of_others(tmp_path):
+    write_run(tmp_path / "theirs", [0.1, 0.2], tag="eval/mAP", epochs=False)
+    curve = read_curve(f"Their DETR={tmp_path / 'theirs'}", "eval/mAP")
+    assert curve.label == "Their DETR" and curve.last["AP"] == pytest.approx(0.2) and curve.last["epoch"] is None
+    arguments = [f"x={tmp_path / 'theirs'}", f"y={tmp_path / 'theirs'}", "--out", str(tmp_path / "out")]
+    assert convergence.main([*arguments, "--tag", "eval/mAP"]) == 0
+    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {"ap-images.png", "ap-step.png", "ap-hours.png", "published.png"}  # they say no epochs
+    with pytest.raises(InputError, match="x: expected seeds that say their epochs and end at the same"):
+        convergence.main([*arguments, "--tag", "eval/mAP", "--method", "x", "--schedules", "y"])
+
+
+def test_misuse(runs, tmp_path):
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="no run is left to draw"):
+        convergence.main([str(tmp_path / "nowhere"), *out])
+    with pytest.raises(UsageError, match="--method, --schedules: expected both or neither"):
+        convergence.main([str(runs / "fast-seed1"), *out, "--method", "fast"])
+    with pytest.raises(UsageError, match="--baseline detr: expected one of fast"):
+        convergence.main([str(runs / "fast-seed1"), *out, "--baseline", "detr"])
