@@ -84,6 +84,8 @@ def _draw(panel: Axes, lines: Lines, axis: str, key: str) -> None:
         else:
             places = sorted(set.intersection(*map(set, seeds)))
             columns = [tuple(seed[place] for seed in seeds) for place in places]
+        if not places:
+            continue
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
         means = [100 * statistics.mean(column) for column in columns]
         name = label if len(curves) == 1 else f"{label}, {len(curves)} seeds"
