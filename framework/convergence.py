@@ -38,17 +38,8 @@ log = logging.getLogger("tenfold")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     setup_logging(None, is_main=True)
-    curves = comparable([curve for text in args.runs if (curve := read_curve(text, args.tag))])
-    if not curves:
-        raise InputError("no run is left to draw; the lines above say why")
-    lines = by_label(curves)
+    lines, result = compared(args)
     out = Path(args.out)
-    result: dict[str, Any] = {"tag": args.tag, "runs": [vars(curve) for curve in curves]}
-    if args.baseline:
-        result["milestones"] = milestones(lines, of(args.baseline, "--baseline", lines))
-    if args.method:
-        schedules = [of(label, "--schedules", lines) for label in args.schedules]
-        result["protocol"] = protocol(lines[of(args.method, "--method", lines)], [lines[label] for label in schedules])
     write_json(out / "convergence.json", result)
     for axis in AXES:
         draw_curves(lines, axis, args.tag, out / f"ap-{axis}")
@@ -59,6 +50,21 @@ def main(argv: list[str] | None = None) -> int:
     print(markdown(lines, result))
     log.info("charts, table and JSON are in %s", out)
     return 0
+
+
+def compared(args: argparse.Namespace) -> tuple[dict[str, list[Curve]], dict[str, Any]]:
+    """The curves of each label, and the result as JSON takes it."""
+    curves = comparable([curve for text in args.runs if (curve := read_curve(text, args.tag))])
+    if not curves:
+        raise InputError("no run is left to draw; the lines above say why")
+    lines = by_label(curves)
+    result: dict[str, Any] = {"tag": args.tag, "runs": [vars(curve) for curve in curves]}
+    if args.baseline:
+        result["milestones"] = milestones(lines, of(args.baseline, "--baseline", lines))
+    if args.method:
+        schedules = [of(label, "--schedules", lines) for label in args.schedules]
+        result["protocol"] = protocol(lines[of(args.method, "--method", lines)], [lines[label] for label in schedules])
+    return lines, result
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

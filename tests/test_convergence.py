@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from framework import convergence
 from framework.errors import InputError, UsageError
+from framework.tracking.console import setup_logging
 from framework.tracking.curves import read_curve
 
 STEPS_AN_EPOCH = 10
@@ -42,47 +43,43 @@ def runs(tmp_path):
     return tmp_path
 
 
-def run(runs, tmp_path, *flags):
-    out = tmp_path / "out"
-    assert convergence.main([*map(str, sorted(runs.glob("*-seed*"))), "--out", str(out), *flags]) == 0
-    return json.loads((out / "convergence.json").read_text()), out
+def run(runs, *flags):
+    """What the command finds, without its charts."""
+    setup_logging(None, is_main=True)
+    arguments = convergence.parse([*map(str, sorted(runs.glob("*-seed*"))), "--out", "unused", *flags])
+    return convergence.compared(arguments)[1]
 
 
 PROTOCOL = ("--method", "fast", "--schedules", "slow40", "slow4", "slow20")
 
 
 def test_ratio_of_the_protocol(runs, tmp_path):
-    result, out = run(runs, tmp_path, *PROTOCOL)
-    found = result["protocol"]
+    found = run(runs, *PROTOCOL)["protocol"]
     assert [(row["label"], row["times"]) for row in found["schedules"]] == [("slow4", 1), ("slow20", 5), ("slow40", 10)]
     assert (found["ratio"], found["in words"], found["valid"]) == (10, "10", True)
-    assert "takes **10** times as many" in (out / "convergence.md").read_text()
 
 
 def test_a_baseline_that_never_reaches_it(runs, tmp_path):
     for seed in (3, 4):  # further: the method's mean is out of reach
         write_run(tmp_path / f"fast-seed{seed}", [0.1, 0.2, 0.3, 0.48], drop=3)
-    found = run(runs, tmp_path, *PROTOCOL)[0]["protocol"]
+    found = run(runs, *PROTOCOL)["protocol"]
     assert (found["ratio"], found["in words"], found["valid"]) == (None, "> 10, not reached", True)  # within 90 %
 
 
 def test_a_baseline_that_has_not_converged_proves_nothing(runs, tmp_path):
-    found = run(runs, tmp_path, "--method", "fast", "--schedules", "slow4", "slow20")[0]["protocol"]
+    found = run(runs, "--method", "fast", "--schedules", "slow4", "slow20")["protocol"]
     assert found["in words"] == "(baseline not converged) > 5, not reached" and not found["valid"]
     assert found["gain of the longest over the last fifth before its drop"] == pytest.approx([0.06, 0.06])
 
 
 def test_a_flat_baseline_is_valid(tmp_path):
-    write_run(tmp_path / "fast", [0.1, 0.4], drop=1)
-    write_run(tmp_path / "flat", [0.1] * 20, drop=16)
-    out = tmp_path / "out"
-    arguments = [str(tmp_path / "fast"), str(tmp_path / "flat"), "--out", str(out), "--method", "fast"]
-    assert convergence.main([*arguments, "--schedules", "flat"]) == 0
-    assert json.loads((out / "convergence.json").read_text())["protocol"]["valid"]
+    write_run(tmp_path / "fast-seed1", [0.1, 0.4], drop=1)
+    write_run(tmp_path / "flat-seed1", [0.1] * 20, drop=16)
+    assert run(tmp_path, "--method", "fast", "--schedules", "flat")["protocol"]["valid"]
 
 
 def test_milestones_and_their_spread(runs, tmp_path):
-    result, _ = run(runs, tmp_path, "--baseline", "slow40")
+    result = run(runs, "--baseline", "slow40")
     rows = {(row["share"], row["label"]): row for row in result["milestones"]}
     half = rows[0.5, "fast"]
     assert half["AP"] == pytest.approx(0.21) and half["epoch"] == [3, 3, 3]
@@ -92,7 +89,10 @@ def test_milestones_and_their_spread(runs, tmp_path):
 
 
 def test_pictures_and_tensorboards_layout(runs, tmp_path):
-    _, out = run(runs, tmp_path)
+    out = tmp_path / "out"
+    assert convergence.main([*map(str, sorted(runs.glob("*-seed*"))), "--out", str(out), *PROTOCOL]) == 0
+    assert json.loads((out / "convergence.json").read_text())["protocol"]["ratio"] == 10
+    assert "takes **10** times as many" in (out / "convergence.md").read_text()
     for name in ("ap-epoch", "ap-images", "ap-step", "ap-hours", "sizes", "published"):
         with Image.open(out / f"{name}.png") as picture:
             colours = picture.convert("RGB").getcolors(maxcolors=2**20)
@@ -112,7 +112,7 @@ def test_what_cannot_be_compared_is_left_out_with_a_line(runs, tmp_path, capsys)
     write_run(tmp_path / "nan-seed1", [math.nan, math.nan])
     write_run(tmp_path / "holes-seed1", [0.1, math.nan, 0.2])
     (tmp_path / "empty-seed1").mkdir()
-    result, _ = run(runs, tmp_path)
+    result = run(runs)
     said = warnings_of(capsys)
     assert {run["label"] for run in result["runs"]} == {"fast", "slow4", "slow20", "slow40", "holes"}
     assert "other is left out" in said and "was trained on the data b" in said
@@ -123,8 +123,8 @@ def test_what_cannot_be_compared_is_left_out_with_a_line(runs, tmp_path, capsys)
 
 
 def test_gaps_are_named(tmp_path, capsys):
-    write_run(tmp_path / "run", [0.1, 0.2, *[math.nan] * 3, 0.3, 0.4])
-    assert convergence.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    write_run(tmp_path / "run-seed1", [0.1, 0.2, *[math.nan] * 3, 0.3, 0.4])
+    run(tmp_path)
     assert "run: nothing between steps 20 and 60, where usually 10 lie between two points" in warnings_of(capsys)
 
 
