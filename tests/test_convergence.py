@@ -5,11 +5,13 @@ import math
 import time
 
 import pytest
+from matplotlib import pyplot
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from framework import convergence
 from framework.errors import InputError, UsageError
+from framework.tracking import charts
 from framework.tracking.console import setup_logging
 from framework.tracking.curves import read_curve
 
@@ -126,6 +128,17 @@ def test_gaps_are_named(tmp_path, capsys):
     write_run(tmp_path / "run-seed1", [0.1, 0.2, *[math.nan] * 3, 0.3, 0.4])
     run(tmp_path)
     assert "run: nothing between steps 20 and 60, where usually 10 lie between two points" in warnings_of(capsys)
+
+
+def test_charts_hold_all_of_their_lines(runs):
+    """Panels share an axis: none may cut off what is higher than the first one's lines."""
+    lines = convergence.by_label([read_curve(str(folder), "val/AP") for folder in sorted(runs.glob("*-seed*"))])
+    for curves in lines.values():
+        for point in (point for curve in curves for point in curve.points):
+            point["APm"], point["APl"] = point["AP"], 1.5 * point["AP"]
+    figure = charts.figure_of_sizes(lines)
+    assert figure.axes[0].get_ylim()[0] == 0 and figure.axes[0].get_ylim()[1] >= 1.5 * 42
+    pyplot.close(figure)
 
 
 def test_runs_of_others(tmp_path):

@@ -10,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter  # noqa: E402
 
 from framework.tracking.curves import Curve  # noqa: E402
 
@@ -28,9 +30,11 @@ def draw_curves(lines: Lines, axis: str, tag: str, path: Path) -> None:
     if not lines:
         return
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for panel, scale in zip(panels, ("linear", "log"), strict=True):
+    for panel in panels:
         _draw(panel, lines, axis, "AP")
-        panel.set(xlabel=f"{NAMES[axis]}{', logarithmic' if scale == 'log' else ''}", xscale=scale)
+        panel.set_xlabel(NAMES[axis])
+    _logarithmic(panels[1])
+    panels[0].set_ylim(bottom=0)  # of both, once all lines are there
     panels[0].set_ylabel(f"AP, percent ({tag})")
     panels[0].legend(loc="lower right", fontsize=8, frameon=False)
     _save(figure, path)
@@ -38,16 +42,20 @@ def draw_curves(lines: Lines, axis: str, tag: str, path: Path) -> None:
 
 def draw_sizes(lines: Lines, path: Path) -> None:
     """AP of small, medium and large objects against epochs; nothing where no run has them."""
-    lines = known(lines, "epoch", "APs")
-    if not lines:
-        return
+    if lines := known(lines, "epoch", "APs"):
+        _save(figure_of_sizes(lines), path)
+
+
+def figure_of_sizes(lines: Lines) -> Figure:
     figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), sharey=True, layout="constrained")
     for panel, (name, key) in zip(panels, (("small", "APs"), ("medium", "APm"), ("large", "APl")), strict=True):
         _draw(panel, lines, "epoch", key)
-        panel.set(title=f"{name} objects", xlabel="epochs, logarithmic", xscale="log")
+        panel.set(title=f"{name} objects", xlabel=NAMES["epoch"])
+        _logarithmic(panel)
+    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("AP, percent")
     panels[0].legend(loc="upper left", fontsize=8, frameon=False)
-    _save(figure, path)
+    return figure
 
 
 def known(lines: Lines, axis: str, key: str) -> Lines:
@@ -95,10 +103,16 @@ def _draw(panel: Axes, lines: Lines, axis: str, key: str) -> None:
             low, high = ([100 * extreme(column) for column in columns] for extreme in (min, max))
             panel.fill_between(places, low, high, color=style["color"], alpha=0.18, linewidth=0)
     panel.grid(alpha=0.3)
-    panel.set_ylim(bottom=0)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _logarithmic(panel: Axes) -> None:
+    panel.set(xscale="log", xlabel=f"{panel.get_xlabel()}, logarithmic")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for ending in ("png", "svg"):
         figure.savefig(path.with_suffix(f".{ending}"), dpi=130)

@@ -57,7 +57,7 @@ def read_curve(text: str, tag: str) -> Curve | None:
     if len(finite) < len(values):
         log.warning("%s: %s is NaN at %d of its %d steps, which are passed over", label, tag,
                     len(values) - len(finite), len(values))  # fmt: skip
-    if repeated := sorted(scalars.repeated & set(values)):
+    if repeated := sorted(scalars.repeated.get(tag, ())):
         log.warning("%s: steps from %d on stand there more than once; the later values count", label, repeated[0])
     points = [point_of(step, ap, scalars, tag) for step, ap in finite.items()]
     say_gaps(label, points)

@@ -19,13 +19,13 @@ from framework.errors import InputError, UsageError
 class Scalars:
     """What the event files of a run say: tag -> step -> value, steps in their order.
 
-    hours: step -> hours spent since the run began, without the time between its sessions. repeated: steps that were
-    written again, where no session said that it goes back.
+    hours: step -> hours spent since the run began, without the time between its sessions. repeated: tag -> steps that
+    it was written at again, where no session said that it goes back.
     """
 
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     hours: dict[int, float] = field(default_factory=dict)
-    repeated: set[int] = field(default_factory=set)
+    repeated: dict[str, set[int]] = field(default_factory=dict)
 
 
 def read_scalars(folder: str | Path) -> Scalars:
@@ -56,7 +56,7 @@ def read_scalars(folder: str | Path) -> Scalars:
                 if number is not None:
                     steps = merged.values.setdefault(value.tag, {})
                     if event.step in steps:
-                        merged.repeated.add(event.step)
+                        merged.repeated.setdefault(value.tag, set()).add(event.step)
                     steps[event.step] = number
                     last_time = event.wall_time
                     merged.hours[event.step] = (spent + last_time - first_time) / 3600
