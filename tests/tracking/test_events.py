@@ -52,6 +52,15 @@ def test_repeated_steps_of_files_that_say_nothing(tmp_path, monkeypatch):
     assert found.values["val/AP"] == pytest.approx({1: 0.1, 2: 0.3, 3: 0.4}) and found.repeated == {"val/AP": {2}}
 
 
+def test_files_of_one_second_stand_in_the_order_of_their_counter(tmp_path):
+    for counter, value in (("9", 0.1), ("10", 0.2)):
+        folder = tmp_path / counter
+        write(folder, {1: value})
+        [file] = folder.iterdir()
+        file.rename(tmp_path / f"events.out.tfevents.1000.host.7.{counter}")
+    assert read_scalars(tmp_path).values["val/AP"] == pytest.approx({1: 0.2})
+
+
 def test_gzipped_files_and_nan(tmp_path):
     write(tmp_path / "plain", {1: 0.5, 2: math.nan})
     [file] = (tmp_path / "plain").iterdir()

@@ -6,8 +6,16 @@ import math
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from framework.tracking.sink import NullSink, open_sink, read_lines
+
+
+@pytest.fixture(autouse=True)
+def counted_from_zero(monkeypatch):
+    """TensorBoard sorts files by name, and one process numbers those of one second: 10 would come before 9. A run that
+    goes on is another process, and seconds later."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def points(run_dir, tag):
