@@ -26,10 +26,8 @@ RUN is a run folder, or any folder with event files, with a label before it wher
 label are seeds of one line. Without a label: the folder's name without -seedN."""
 
 SHARES = (0.5, 0.75, 0.9, 1.0)  # of the baseline's best AP
-NEAR_ENOUGH, FLAT = (
-    0.9,
-    0.01,
-)  # a baseline counts as converged within 90 % of the method, or when it gains less than 1 AP
+# A baseline counts as converged where it ends within 90 % of the method's AP, or had gained less than 1 AP.
+NEAR_ENOUGH, FLAT = 0.9, 0.01
 AXES = ("epoch", "images", "step", "hours")
 
 log = logging.getLogger("tenfold")
