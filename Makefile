@@ -23,7 +23,7 @@ LIBRARY := ops/_C.abi3.so
 PIP_INSTALL := '$(PYTHON)' -m pip --disable-pip-version-check -qq install
 
 .DEFAULT_GOAL := build
-.PHONY: help env build quickstart test sanitize check format bench gpu-report clean
+.PHONY: help env build quickstart convergence test sanitize check format bench gpu-report clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,9 +73,16 @@ bench: build  ## the figures in docs/results/ (real data is read through TENFOLD
 	@'$(PYTHON)' -m benchmarks.train_step
 	@'$(PYTHON)' -m benchmarks.real_data
 
+# SIZE=gpu: on a GPU; PARTS="reported ..." and MINUTES: what to train, and for how long; RECORD=1: in docs/results/
+SIZE    ?= cpu
+MINUTES ?= 90
+RECORD  ?=
+convergence: build  ## ten times fewer epochs, shown: trains Deformable DETR and DETR, draws their curves; goes on where it was
+	@'$(PYTHON)' -m benchmarks.convergence --size $(SIZE) --minutes $(MINUTES) $(if $(PARTS),--parts $(PARTS)) $(if $(RECORD),--record)
+
 # PARTS="op ..."; empty: all of them
 PARTS ?=
-gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op tests sanitizer"; offline with PYTHON=python3
+gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op tests sanitizer convergence"; offline with PYTHON=python3
 	@'$(PYTHON)' -m benchmarks.gpu_report $(if $(PARTS),--parts $(PARTS))
 
 clean:  ## remove the environment, what was built, caches; runs/ and data/ stay

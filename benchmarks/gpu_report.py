@@ -1,6 +1,6 @@
 """What needs a GPU, in parts of at most 8 minutes, each with its results in docs/results/gpu-<part>.{json,md}.
 
-    make gpu-report [PARTS="op tests sanitizer"]       (offline, in an environment of your own: PYTHON=python3)
+    make gpu-report [PARTS="op tests sanitizer convergence"]     (offline, in your own environment: PYTHON=python3)
 
 A part is some commands, one after the other. A command that fails, or is not done in time, is recorded with what it
 printed last and ends its part; the next part starts all the same. Where there is no .git, TENFOLD_COMMIT names the
@@ -27,6 +27,11 @@ PARTS = {
     "op": [BUILD, ["-m", "benchmarks.precision", "--device", "cuda"], ["-m", "benchmarks.op_gpu"]],
     "tests": [BUILD, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops"]],
     "sanitizer": [BUILD, ["-m", "benchmarks.gpu_sanitizer"]],
+    # Goes on where the last call was stopped, if runs/ and docs/results/ are still there (or were carried back).
+    "convergence": [
+        BUILD,
+        ["-m", "benchmarks.convergence", "--size", "gpu", "--parts", "reported", "--minutes", "6", "--record"],
+    ],
 }
 
 

@@ -1,4 +1,4 @@
-"""Where benchmarks write what they saw: docs/results/<name>.json, and the same as Markdown beside it."""
+"""Where benchmarks write what they saw: <name>.json, and the same as Markdown beside it, in docs/results/."""
 
 import datetime
 import json
@@ -14,22 +14,26 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 
 
-def write(name: str, title: str, part: str, result: dict[str, Any], command: str) -> None:
+def write(name: str, title: str, part: str, result: dict[str, Any], command: str, *, folder: Path = RESULTS) -> None:
     """Replace the section `part` of the results `name`, stamped with command, date, commit, machine.
 
     In `result`, a value that is a list of dicts becomes a table of its own.
     """
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
     everything[part] = result | {
         "command": command,
-        "date": datetime.date.today().isoformat(),
+        "date": today(),
         "commit": commit(),
         "machine": machine(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(everything, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(title, everything))
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
 
 
 def commit() -> str:

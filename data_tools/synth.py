@@ -29,7 +29,7 @@ EXAMPLE = """example:
   python -m data_tools.synth --out data/shapes --images 1000 --val 200 --size 192
   python -m data_tools.convert --images data/shapes/images --annotations data/shapes/annotations --out shards/shapes"""
 
-# Sizes are sqrt(area) / side. COCO's limits of 32 and 96 px are 5 % and 15 % of its side of 640.
+# Sizes are sqrt(area) / side x zoom. COCO's limits of 32 and 96 px are 5 % and 15 % of its side of 640.
 SMALL, LARGE = 32 / 640, 96 / 640
 SMALLEST = 0.035  # below, neither shape nor texture can be seen at 192 px
 # Draws (share, lowest, highest). COCO: 41 % small, 34 % medium, 24 % large; covering moves some to the next below.
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(None, is_main=True)
     out = Path(args.out).resolve()
     counts = dict(zip(SPLITS, (args.images, args.val), strict=True))
-    arguments = counts | {"size": args.size, "classes": args.classes, "seed": args.seed}
+    arguments = counts | {"size": args.size, "classes": args.classes, "seed": args.seed, "zoom": args.zoom}
     if not is_free(out):
         refuse_other_set(out, arguments)
         print(f"{args.out}: already there, drawn with the same arguments")
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         for split, count in counts.items():
             first_id = 1 if split == "train" else args.images + 1
             annotations = draw_split(folder / "images", split, count, first_id, args, bar.update)
-            shares[split] = composition(annotations, args.size)
+            shares[split] = composition(annotations, args.size, args.zoom)
             (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(annotations))
         write_json(folder / "report.json", {"arguments": arguments, "composition": shares})
         commit(folder, out)
@@ -206,10 +206,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=256, help="side in pixels (256)")
     parser.add_argument("--classes", type=int, default=6, help=f"number of classes, up to {len(CLASSES)} (6)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another set (0)")
+    parser.add_argument(
+        "--zoom", type=float, default=1.0,
+        help="objects so many times COCO's size relative to the image, for small images (1)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     args.val = max(1, args.images // 5) if args.val is None else args.val
     limits = (("images", 1, 10**9), ("val", 1, 10**9), ("size", 64, 4096), ("classes", 1, len(CLASSES)),
-              ("seed", 0, 2**63))  # fmt: skip
+              ("seed", 0, 2**63), ("zoom", 1, 2.5))  # fmt: skip
     for name, low, high in limits:
         if not low <= getattr(args, name) <= high:
             raise UsageError(f"--{name} {getattr(args, name)}: expected {low} to {high}")
@@ -235,7 +239,7 @@ def draw_split(
     annotations: list[dict[str, Any]] = []
     for number in range(count):
         rng = np.random.default_rng([args.seed, SPLITS.index(split), number])
-        pixels, objects = draw_image(rng, args.size, args.classes)
+        pixels, objects = draw_image(rng, args.size, args.classes, args.zoom)
         image_id, name = first_id + number, f"{first_id + number:012d}.jpg"
         # 4:4:4: halved chroma would wash out the hue of what is 8 px wide.
         Image.fromarray(pixels).save(folder / name, quality=92, subsampling=0)
@@ -250,17 +254,17 @@ def draw_split(
     return {"info": info, "images": images, "annotations": annotations, "categories": categories}
 
 
-def draw_image(rng: np.random.Generator, side: int, num_classes: int) -> tuple[Array, list[Drawn]]:
+def draw_image(rng: np.random.Generator, side: int, num_classes: int, zoom: float = 1.0) -> tuple[Array, list[Drawn]]:
     """One image (side, side, 3) uint8 and what can be seen on it."""
     canvas_HW3 = draw_ground(rng, side)
-    draw_distractors(rng, canvas_HW3, num_classes)
+    draw_distractors(rng, canvas_HW3, num_classes, zoom)
     # owner: the number of the object that each pixel shows, -1 for none.
     owner_HW = np.full((side, side), -1)
     labels: list[int] = []
     stencils: list[Stencil] = []
     for _ in range(draw_count(rng)):
         label = int(rng.integers(num_classes))
-        stencil = find_place(rng, CLASSES[label], side, owner_HW, stencils)
+        stencil = find_place(rng, CLASSES[label], side, zoom, owner_HW, stencils)
         if stencil is not None:
             owner_HW[stencil.window][stencil.mask] = len(stencils)
             paint(rng, canvas_HW3, stencil, CLASSES[label], saturation=rng.uniform(0.75, 1.0))
@@ -289,7 +293,7 @@ def draw_ground(rng: np.random.Generator, side: int) -> Array:
     return base * (1 + 1.5 * height[:, :, None])
 
 
-def draw_distractors(rng: np.random.Generator, canvas_HW3: Array, num_classes: int) -> None:
+def draw_distractors(rng: np.random.Generator, canvas_HW3: Array, num_classes: int, zoom: float) -> None:
     """What is no class: thin lines of any colour, shapes of the classes in grey, pale blobs."""
     side = len(canvas_HW3)
     layer = Image.fromarray((canvas_HW3 * 255).clip(0, 255).astype(np.uint8))
@@ -301,17 +305,17 @@ def draw_distractors(rng: np.random.Generator, canvas_HW3: Array, num_classes: i
     for _ in range(rng.integers(1, 5)):
         is_blob = rng.random() < 0.4
         kind = BLOB if is_blob else CLASSES[rng.integers(num_classes)]
-        stencil = place(rng, kind, side, rng.uniform(0.04, 0.16), rng.uniform(0, side, 2))
+        stencil = place(rng, kind, side, zoom * rng.uniform(0.04, 0.16), rng.uniform(0, side, 2))
         paint(rng, canvas_HW3, stencil, kind, saturation=rng.uniform(0.1, 0.3) if is_blob else 0.04)
 
 
 def find_place(
-    rng: np.random.Generator, kind: Kind, side: int, owner_HW: Array, earlier: list[Stencil]
+    rng: np.random.Generator, kind: Kind, side: int, zoom: float, owner_HW: Array, earlier: list[Stencil]
 ) -> Stencil | None:
     """A place that leaves enough of each earlier object, often over the rim of one; None: none was found."""
     share = rng.choice(len(SIZES), p=[share for share, _, _ in SIZES])
-    size = float(np.exp(rng.uniform(*np.log(SIZES[share][1:]))))
-    smallest_px = (SMALLEST * side) ** 2
+    size = zoom * float(np.exp(rng.uniform(*np.log(SIZES[share][1:]))))
+    smallest_px = (SMALLEST * zoom * side) ** 2
     visible = np.bincount(owner_HW[owner_HW >= 0], minlength=len(earlier))
     least = [max(LEAST_VISIBLE * one.area_px, smallest_px) for one in earlier]
     for _ in range(20):
@@ -379,9 +383,9 @@ def seen(owner_HW: Array, number: int, label: int, stencil: Stencil) -> Drawn:
     return Drawn(label, box, area_px, 1 - area_px / stencil.area_px)
 
 
-def composition(coco: dict[str, Any], side: int) -> dict[str, float]:
+def composition(coco: dict[str, Any], side: int, zoom: float = 1.0) -> dict[str, float]:
     """What a split consists of, measured on its annotations."""
-    size = np.sqrt([one["area"] for one in coco["annotations"]]) / side
+    size = np.sqrt([one["area"] for one in coco["annotations"]]) / side / zoom
     hidden = np.array([one["hidden"] for one in coco["annotations"]])
     images = [image["id"] for image in coco["images"]]
     counts = np.bincount([one["image_id"] - images[0] for one in coco["annotations"]], minlength=len(images))

@@ -19,7 +19,8 @@ from framework.models.detector import Predictions
 class Criterion:
     """Maps predictions and targets to named scalars, unweighted; `total` weighs and adds them.
 
-    Names: class, box, giou, with /layer<k> for every decoder layer k but the last, /proposals for the first stage.
+    Names: class, box, giou, with /layer<k> for every decoder layer k but the last (unless auxiliary losses are off),
+    /proposals for the first stage.
     """
 
     def __init__(self, config: LossConfig, classification: Literal["focal", "softmax"]):
@@ -32,13 +33,14 @@ class Criterion:
 
         Raises what `match` raises.
         """
-        stages = [Stage("decoder layer", predictions.logits_KBQC, predictions.boxes_KBQ4, targets)]
-        names = [[f"/layer{layer}" for layer in range(len(predictions.logits_KBQC) - 1)] + [""]]
+        first = 0 if self.config.auxiliary else -1
+        stages = [Stage("decoder layer", predictions.logits_KBQC[first:], predictions.boxes_KBQ4[first:], targets)]
+        names = [[f"/layer{layer}" for layer in range(len(stages[0].logits_KBQC) - 1)] + [""]]
         if predictions.proposals is not None:  # proposals know objects only: every target is class 0
             anything = copy.copy(targets)
             anything.labels_N = torch.zeros_like(targets.labels_N)
-            first = predictions.proposals
-            stages.append(Stage("proposal stage", first.logits_KBQC, first.boxes_KBQ4, anything))
+            proposals = predictions.proposals
+            stages.append(Stage("proposal stage", proposals.logits_KBQC, proposals.boxes_KBQ4, anything))
             names.append(["/proposals"])
         matches = match(stages, classification=self.classification, config=self.config)
         losses: dict[str, Tensor] = {}

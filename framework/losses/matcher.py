@@ -19,7 +19,10 @@ from framework.errors import UsageError
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms, in the loss and in the matching. Defaults: Zhu et al. 2021 (DETR: class_weight 1)."""
+    """Weights of the terms, in the loss and in the matching. Defaults: Zhu et al. 2021 (DETR: class_weight 1).
+
+    auxiliary: every decoder layer has losses of its own; false: the last one only.
+    """
 
     class_weight: float = 2.0
     box_weight: float = 5.0
@@ -27,6 +30,7 @@ class LossConfig:
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     no_object_weight: float = 0.1  # of the no-object class under softmax
+    auxiliary: bool = True
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():

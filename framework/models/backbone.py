@@ -19,21 +19,21 @@ NormLayer = Callable[[int], nn.Module]
 class BackboneConfig:
     """name: which ResNet. dilation: DC5, the last stage at stride 16 with dilation 2 instead of stride 32.
 
-    width: channels of the stem, of which all others are multiples; 64 as published, 32 for small experiments.
+    width: channels of the stem, of which all others are multiples; 64 as published, 16 or 32 for small experiments.
     norm: frozen (batch norm whose statistics and affine never change; stem and first stage do not train
-    either, as published) or group (32 groups, everything trains: for training from scratch).
+    either, as published) or group (32 groups, fewer for narrow maps; everything trains: for training from scratch).
     weights: a torchvision ResNet file to start from.
     """
 
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    name: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     dilation: bool = False
     norm: Literal["frozen", "group"] = "frozen"
     width: int = 64
     weights: str | None = None
 
     def __post_init__(self) -> None:
-        if self.width < 32 or self.width % 32:
-            raise UsageError(f"model.backbone.width: found {self.width}, expected a multiple of 32 (group norm)")
+        if self.width != 16 and (self.width < 32 or self.width % 32):
+            raise UsageError(f"model.backbone.width: found {self.width}, expected 16 or a multiple of 32 (group norm)")
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -59,7 +59,8 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def group_norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(32, channels)
+    """32 groups; of narrow maps groups of 4 channels, since one channel for itself would lose its strength."""
+    return nn.GroupNorm(32 if channels >= 64 else channels // 4, channels)
 
 
 class BasicBlock(nn.Module):
@@ -100,6 +101,7 @@ class Bottleneck(nn.Module):
 
 
 BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
+    "resnet10": (BasicBlock, [1, 1, 1, 1]),
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),

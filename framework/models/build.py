@@ -7,6 +7,9 @@
 | ++ two-stage           | deformable | proposals | true         | 4                  | false    | focal          |
 | single scale (DC5)     | deformable | learned   | false        | 1                  | (true)   | focal          |
 | DETR (DC5)             | dense      | learned   | false        | 1                  | (true)   | softmax        |
+| dense and refined      | dense      | learned   | true         | 1                  | (true)   | focal          |
+
+The last one is no published model: Deformable DETR with refinement, whose attention alone is taken away.
 """
 
 import copy
@@ -83,9 +86,9 @@ class ModelConfig:
             if self.num_feature_levels != 1:
                 refuse("model.attention, model.num_feature_levels", f"dense, {self.num_feature_levels}",
                        "dense attention looks at one level: set model.num_feature_levels=1")  # fmt: skip
-            if self.refine_boxes:
-                refuse("model.attention, model.refine_boxes", "dense, true",
-                       "dense attention has no reference boxes to refine: set model.refine_boxes=false")  # fmt: skip
+            if self.queries == "proposals":
+                refuse("model.attention, model.queries", "dense, proposals",
+                       "proposals are made by tokens of several levels: set model.queries=learned")  # fmt: skip
 
 
 def build_detector(config: ModelConfig) -> Detector:
@@ -93,7 +96,7 @@ def build_detector(config: ModelConfig) -> Detector:
     if config.num_classes is None:
         raise UsageError("model.num_classes: found null, expected the number of classes (a training run reads it "
                          "from its shards)")  # fmt: skip
-    parts = _Dense(config) if config.attention == "dense" else _Deformable(config)
+    parts = _Dense(config) if config.attention == "dense" and not config.refine_boxes else _Deformable(config)
     backbone = _backbone(config)
     encoder_layers = [
         EncoderLayer(parts.attention(), config.width, config.ffn_width, config.dropout)
@@ -136,7 +139,10 @@ def _backbone(config: ModelConfig) -> ResNet:
 
 
 class _Deformable:
-    """The parts of Deformable DETR. Initial values: Zhu et al. 2021, A.3 and A.4, and the published code."""
+    """The parts of Deformable DETR. Initial values: Zhu et al. 2021, A.3 and A.4, and the published code.
+
+    Dense attention among them does not use the reference boxes, which the heads still refine.
+    """
 
     position_offset = -0.5
 
@@ -145,6 +151,8 @@ class _Deformable:
 
     def attention(self) -> nn.Module:
         c = self.config
+        if c.attention == "dense":
+            return DenseAttention(c.width, c.num_heads, c.dropout)
         return DeformableAttention(c.width, c.num_feature_levels, c.num_heads, c.num_points)
 
     def projections(self, backbone: ResNet) -> list[nn.Module]:

@@ -1,0 +1,392 @@
+"""The convergence experiment: trains what is not trained yet, one process for each run, and writes charts and tables.
+
+    make convergence                                            (a pair: Deformable DETR and DETR-DC5 ten times as long)
+    python -m benchmarks.convergence --parts reported --minutes 120 --record
+
+A run that the time did not suffice for goes on where it was when the command is given again. Runs and report are in
+runs/convergence-<size>/; with --record each finished run (its settings, its numbers, its event files) and the report
+go to docs/results/convergence/<size>/, and what stands there is not trained again. The protocol: docs/convergence.md.
+
+sweep: learning rates, on a seed of their own. pair: what one looks at first. reported: the protocol's runs. more: the
+other models. without: Deformable DETR with one thing taken away. attention: where the models look after epochs 1, 5 and
+20. again: runs of `reported`, repeated, which have to be bit-equal. aquarium, deeppcb: photographs, read through
+TENFOLD_DATA.
+"""
+
+import argparse
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as pyplot
+import numpy as np
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks.results import ROOT, commit, machine, today, write
+from framework import convergence
+from framework.config import load
+from framework.errors import FAILED, UsageError, command
+from framework.tracking.console import setup_logging, write_json
+from framework.tracking.curves import read_curve
+
+DATA = Path(os.environ.get("TENFOLD_DATA", ROOT.parent / "shared" / "data"))
+RECORDED = ROOT / "docs" / "results" / "convergence"
+LOOKED_AT = (1, 5, 20)  # epochs
+SHOWN_LINES = 15  # of the log of a run that failed
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the experiment: its departures from the size's configuration file, and whose learning rate it has."""
+
+    title: str
+    departures: tuple[str, ...] = ()
+    tuned_as: str = "deformable"
+
+
+DETR = ("model.attention=dense", "model.classification=softmax", "model.num_feature_levels=1", "loss.class_weight=1.0")
+DC5 = ("model.num_feature_levels=1", "model.backbone.dilation=true")
+MODELS = {
+    "deformable": Model("Deformable DETR"),
+    "refine": Model("+ refinement", ("model.refine_boxes=true",)),
+    "two-stage": Model("++ two-stage", ("model.refine_boxes=true", "model.queries=proposals")),
+    "detr": Model("DETR", DETR, "detr-dc5"),
+    "detr-dc5": Model("DETR-DC5", (*DETR, "model.backbone.dilation=true"), "detr-dc5"),
+    "one-level": Model("one level (DC5)", DC5),
+    "one-point": Model("one point", ("model.num_points=1",)),
+    "dense": Model("dense attention, refinement (DC5)", (*DC5, "model.attention=dense", "model.refine_boxes=true")),
+    "softmax": Model("softmax, not focal", ("model.classification=softmax", "loss.class_weight=1.0")),
+    "no-auxiliary": Model("no auxiliary losses", ("loss.auxiliary=false",)),
+}
+WITHOUT = ("one-level", "one-point", "dense", "softmax", "no-auxiliary")
+
+
+@dataclass(frozen=True)
+class Size:
+    """epochs: N. rates: those tried of each tuned model, and chosen: the best. jobs: runs side by side."""
+
+    drawn: tuple[str, ...]
+    epochs: int
+    rates: dict[str, tuple[float, ...]]
+    chosen: dict[str, float]
+    jobs: int
+
+
+SIZES = {
+    "cpu": Size(
+        drawn=("--images", "1200", "--val", "200", "--size", "128", "--zoom", "2"),
+        epochs=10, rates={"detr-dc5": (2e-4, 4e-4, 1e-4), "deformable": (2e-4, 4e-4, 8e-4)},
+        chosen={"deformable": 4e-4, "detr-dc5": 2e-4}, jobs=os.cpu_count() or 1,
+    ),
+    "gpu": Size(
+        drawn=("--images", "3000", "--val", "400", "--size", "192", "--zoom", "1.5"),
+        epochs=10, rates={"detr-dc5": (1e-4, 2e-4, 5e-5), "deformable": (1e-4, 2e-4, 4e-4)},
+        chosen={"deformable": 2e-4, "detr-dc5": 1e-4}, jobs=4,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete schedule, its learning rate / 10 at 80 % of its epochs; or the begin of one, `until` an epoch."""
+
+    model: str
+    epochs: int
+    lr: float
+    seed: int
+    data: str = "drawn"
+    until: int | None = None
+    again: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [self.model, f"{self.epochs}-epochs", f"lr{self.lr:g}"]
+        parts += [self.data] * (self.data != "drawn") + [f"until-{self.until}"] * (self.until is not None)
+        return "-".join([*parts, f"seed{self.seed}", *["again"] * self.again])
+
+    @property
+    def label(self) -> str:
+        return f"{MODELS[self.model].title}, {self.epochs} epochs"
+
+
+def plan(part: str, size: Size, seeds: int) -> list[Run]:
+    """The runs of a part, in the order in which they are worth their time."""
+    n, longest = size.epochs, 10 * size.epochs
+    rate = {name: size.chosen[model.tuned_as] for name, model in MODELS.items()}
+
+    def of(model: str, epochs: int = n, seed: int = 1, **others: Any) -> Run:
+        return Run(model, epochs, rate[model], seed, **others)
+
+    every_seed = range(1, seeds + 1)
+    if part == "sweep":
+        tried = {"detr-dc5": 5 * n, "deformable": n}
+        return [Run(model, epochs, lr, 100) for model, epochs in tried.items() for lr in size.rates[model]]
+    if part == "pair":
+        return [of("detr-dc5", longest), of("deformable")]
+    if part == "reported":
+        schedules = [("detr-dc5", longest), ("deformable", n), ("detr-dc5", 5 * n), ("detr-dc5", n),
+                     ("detr-dc5", 5 * n // 2)]  # fmt: skip
+        return [of(model, epochs, seed) for seed in every_seed for model, epochs in schedules]
+    if part == "more":
+        return [of(model, epochs, seed) for seed in every_seed for model, epochs in
+                (("refine", n), ("two-stage", n), ("detr", longest))]  # fmt: skip
+    if part == "without":
+        return [of(model) for model in WITHOUT]
+    if part == "attention":
+        return [of(model, longest, until=max(LOOKED_AT)) for model in ("deformable", "detr-dc5")]
+    if part == "again":
+        return [of(model, again=True) for model in ("deformable", "detr-dc5")]
+    return [of(model, epochs, data=part) for model, epochs in
+            (("deformable", n), ("detr-dc5", n), ("deformable", 5 * n), ("detr-dc5", longest))]  # fmt: skip
+
+
+PARTS = ("sweep", "pair", "reported", "more", "without", "attention", "again", "aquarium", "deeppcb")
+
+
+class Experiment:
+    """One size of it. work: shards and runs. out: recorded runs and the report."""
+
+    def __init__(self, size: str, record: bool):
+        self.name, self.size, self.record = size, SIZES[size], record
+        self.config = f"configs/convergence_{size}.yaml"
+        self.work = ROOT / "runs" / f"convergence-{size}"
+        self.out = RECORDED / size if record else self.work / "report"
+
+    def folder(self, run: Run) -> Path | None:
+        """Where a finished run is; None: it is not."""
+        places = (RECORDED / self.name / run.name, self.work / run.name)
+        return next((place for place in places[not self.record :] if (place / "run.json").exists()), None)
+
+    def shards(self, data: str) -> Path:
+        """Drawn or read, and converted, the first time."""
+        shards, source = ROOT / "data" / f"convergence-{self.name}" / f"{data}-shards", DATA / data
+        if not (shards / "train").exists():
+            if data == "drawn":
+                source = shards.with_name("drawn")
+                python("-m", "data_tools.synth", "--out", str(source), *self.size.drawn)
+            if not source.is_dir():
+                raise UsageError(f"{source} is not there: set TENFOLD_DATA to the folder that {data} is in")
+            python("-m", "data_tools.convert", "--images", str(source / "images"),
+                   "--annotations", str(source / "annotations"), "--out", str(shards))  # fmt: skip
+        return shards
+
+    def settings(self, run: Run) -> list[str]:
+        """key=value of a run."""
+        shards = self.shards(run.data)
+        per_epoch = json.loads((shards / "train" / "manifest.json").read_text())["shards"]
+        images = sum(shard["samples"] for shard in per_epoch)
+        steps = images // load(ROOT / self.config, []).train.global_batch
+        return [
+            *MODELS[run.model].departures, f"train.epochs={run.epochs}",
+            f"train.lr_drop_epochs=[{round(0.8 * run.epochs)}]", f"optim.lr={run.lr:g}", f"train.seed={run.seed}",
+            f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"train.run_dir={self.work / run.name}",
+            f"tracking.log_every={steps}", *["eval.image_side=null"] * (run.data != "drawn"),
+            *([f"train.max_steps={steps * run.until}", "tracking.attention=1"] if run.until else []),
+        ]  # fmt: skip
+
+    def train(self, runs: Iterable[Run], jobs: int, end: float) -> bool:
+        """Train until all are done or the time is over. False: one of them failed."""
+        waiting = [run for run in runs if self.folder(run) is None]
+        settings = {run: self.settings(run) for run in waiting}
+        working: dict[Run, subprocess.Popen[bytes]] = {}
+        fine = True
+        try:
+            while (waiting or working) and time.monotonic() < end:
+                while waiting and len(working) < jobs:
+                    run = waiting.pop(0)
+                    print(f"{run.name}: starts, or goes on", flush=True)
+                    working[run] = self.start(run, settings[run])
+                time.sleep(0.2)
+                for run in [run for run, process in working.items() if process.poll() is not None]:
+                    code = working.pop(run).returncode
+                    fine &= code == 0
+                    if code:
+                        lines = (self.work / run.name / "output.txt").read_text().splitlines()[-SHOWN_LINES:]
+                        print(f"{run.name}: exit code {code}:", *lines, sep="\n  ", flush=True)
+                    else:
+                        self.finished(run, settings[run])
+        finally:
+            for process in working.values():
+                process.kill()  # a run goes on from its last epoch
+                process.wait()
+        for run in [*working, *waiting]:
+            print(f"{run.name}: not done; the same command goes on with it", flush=True)
+        return fine
+
+    def start(self, run: Run, settings: list[str]) -> "subprocess.Popen[bytes]":
+        folder = self.work / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        on_cpu = {"OMP_NUM_THREADS": "1"} | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
+        with open(folder / "output.txt", "ab") as output:
+            return subprocess.Popen([sys.executable, "-m", "framework.train", "--config", self.config, *settings],
+                                    cwd=ROOT, env=environment() | on_cpu, stdout=output, stderr=output)  # fmt: skip
+
+    def finished(self, run: Run, settings: list[str]) -> None:
+        """Write run.json, and where runs are recorded copy what a report needs: not the weights."""
+        folder = self.work / run.name
+        curve = read_curve(f"{run.label}={folder}", "val/AP")
+        assert curve is not None, f"{folder}: trained, but without AP"
+        newest = max((folder / "checkpoints").iterdir())
+        manifest = json.loads((newest / "MANIFEST.json").read_text())
+        said = [text for text in settings if not text.startswith(("data.", "train.run_dir"))]
+        facts = {**vars(run), "AP": curve.last["AP"], "hours": curve.last["hours"], "points": curve.points,
+                 "weights_sha256": manifest["files"]["weights.safetensors"]["sha256"], "date": today(),
+                 "commit": commit(), "machine": machine(),
+                 "command": f"python -m framework.train --config {self.config} {' '.join(said)}"}  # fmt: skip
+        write_json(folder / "run.json", facts)
+        print(f"{run.name}: AP {100 * (curve.last['AP'] or 0):.1f} after {curve.last['hours'] or 0:.2f} h", flush=True)
+        if self.record:
+            record(folder, RECORDED / self.name / run.name)
+
+    def report(self, seeds: int) -> None:
+        """Charts and tables of what is finished."""
+        for title, part, label in (("sweep", "sweep", "lr"), ("other models", "more", ""),
+                                   ("with one thing taken away", "without", "")):  # fmt: skip
+            runs = [*plan(part, self.size, seeds)]
+            if part == "without":
+                runs = [*plan("reported", self.size, 1)[1:2], *plan("more", self.size, 1)[:1], *runs]
+            rows = [self.row(run, label) for run in runs if self.folder(run)]
+            if rows:
+                self.write(title, {"runs": rows})
+        self.compare("", [*plan("reported", self.size, seeds), *plan("more", self.size, seeds)])
+        for data in ("aquarium", "deeppcb"):
+            self.compare(data, plan(data, self.size, seeds))
+        self.report_again()
+        self.draw_attention()
+
+    def row(self, run: Run, label: str = "") -> dict[str, Any]:
+        folder = self.folder(run)
+        assert folder is not None
+        facts = json.loads((folder / "run.json").read_text())
+        last = facts["points"][-1]
+        row = {"model": MODELS[run.model].title, "epochs": run.epochs, "learning rate": run.lr, "seed": run.seed}
+        row |= {name: round(100 * last[name], 1) for name in ("AP", "APs", "APm", "APl")}
+        return row | {"hours": round(facts["hours"], 2), "trained": facts["date"]}
+
+    def compare(self, name: str, runs: list[Run]) -> None:
+        """The charts of framework.convergence, of the synthetic set with the protocol's ratio where it can be said."""
+        done = {run: folder for run in dict.fromkeys(runs) if (folder := self.folder(run))}
+        labels = list(dict.fromkeys(run.label for run in done))
+        n = self.size.epochs
+        method, schedules = f"Deformable DETR, {n} epochs", [one for one in labels if one.startswith("DETR-DC5")]
+        if method not in labels or not schedules:
+            return
+        arguments = [f"{run.label}={folder.relative_to(ROOT)}" for run, folder in done.items()]
+        longest = max(schedules, key=lambda one: int(one.split()[-2]))
+        flags = ["--out", str(self.out / name), "--baseline", longest]
+        if not name:
+            flags += ["--method", method, "--schedules", *schedules]
+        convergence.main([*arguments, *flags])
+
+    def report_again(self) -> None:
+        """Are runs of the same seed equal in every bit?"""
+        rows = []
+        for run in plan("again", self.size, 1):
+            first = Run(run.model, run.epochs, run.lr, run.seed)
+            folders = [folder for one in (first, run) if (folder := self.folder(one))]
+            if len(folders) == 2:
+                a, b = (json.loads((folder / "run.json").read_text()) for folder in folders)
+                rows.append({
+                    "model": MODELS[run.model].title, "epochs": run.epochs, "seed": run.seed, "AP": a["AP"],
+                    "AP, again": b["AP"], "weights": a["weights_sha256"][:16],
+                    "weights, again": b["weights_sha256"][:16], "equal": a["weights_sha256"] == b["weights_sha256"],
+                })  # fmt: skip
+        if rows:
+            self.write("the same seed twice", {"runs": rows})
+
+    def draw_attention(self) -> None:
+        """What each model's most certain query looks at on one image, after some epochs, as a grid of pictures."""
+        runs = [run for run in plan("attention", self.size, 1) if (self.work / run.name / "run.json").exists()]
+        if not runs:
+            return
+        figure, panels = pyplot.subplots(len(runs), len(LOOKED_AT), figsize=(12, 3.4 * len(runs)), squeeze=False,
+                                         layout="constrained")  # fmt: skip
+        for run, row in zip(runs, panels, strict=True):
+            for epoch, panel in zip(LOOKED_AT, row, strict=True):
+                panel.imshow(picture(self.work / run.name, "attention/0", epoch))
+                panel.set_title(f"{MODELS[run.model].title}, after epoch {epoch}")
+                panel.axis("off")
+        self.out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.out / "attention.png", dpi=110)
+        pyplot.close(figure)
+
+    def write(self, part: str, result: dict[str, Any]) -> None:
+        write("tables", f"The convergence experiment, size {self.name}", part, result,
+              f"python -m benchmarks.convergence --size {self.name}", folder=self.out)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    setup_logging(None, is_main=True)
+    end = time.monotonic() + 60 * args.minutes
+    experiment = Experiment(args.size, args.record)
+    runs = [run for part in args.parts for run in plan(part, experiment.size, args.seeds)]
+    fine = experiment.train(dict.fromkeys(runs), args.jobs or experiment.size.jobs, end)
+    experiment.report(args.seeds)
+    print(f"charts and tables are in {experiment.out.relative_to(ROOT)}")
+    return 0 if fine else FAILED
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.convergence", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="of images, set and models (cpu)")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=["pair"], metavar="PART",
+                        help=f"of {', '.join(PARTS)} (pair); none: the report of what is there")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=90, help="of training, at most (90)")
+    parser.add_argument("--seeds", type=int, default=3, help="of reported runs (3)")
+    parser.add_argument("--jobs", type=int, help="runs side by side (cpu: as many as cores; gpu: 4)")
+    parser.add_argument("--record", action="store_true", help="in docs/results/convergence/, for this repository")
+    args = parser.parse_args(argv)
+    for name, least in (("minutes", 0), ("seeds", 1)):
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name} {getattr(args, name)}: expected at least {least}")
+    if args.jobs is not None and args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs}: expected at least 1")
+    return args
+
+
+def record(folder: Path, target: Path) -> None:
+    """Copy a run's settings and numbers, its event files gzipped (the same bytes every time)."""
+    (target / "tensorboard").mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "environment.json", "run.json"):
+        text = (folder / name).read_text().replace(f"{ROOT}/", "")  # no machine's paths
+        (target / name).write_text(text)
+    for path in sorted((folder / "tensorboard").iterdir()):
+        packed = gzip.compress(path.read_bytes(), mtime=0)
+        (target / "tensorboard" / f"{path.name}.gz").write_bytes(packed)
+
+
+def picture(folder: Path, tag: str, epoch: int) -> np.ndarray:
+    """The image (H, W, 3) uint8 that a run logged under a tag at the end of an epoch."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
+    step = next(one.step for one in events.Scalars("epoch") if one.value == epoch)
+    encoded = next(one.encoded_image_string for one in events.Images(tag) if one.step == step)
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def python(*arguments: str) -> None:
+    """Run a command of this repository; ends here when it fails."""
+    code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment()).returncode
+    if code:
+        sys.exit(f"exit code {code} of: python {' '.join(arguments)}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,105 @@
+"""The convergence experiment: its plan, and a very small one, trained, stopped, gone on with and recorded for real."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import convergence as experiment
+from framework.config import load
+from framework.errors import UsageError
+from framework.models.build import build_detector
+from tests.paths import REPOSITORY as ROOT
+
+CPU = experiment.SIZES["cpu"]
+
+
+@pytest.mark.parametrize("size", experiment.SIZES)
+@pytest.mark.parametrize("model", experiment.MODELS)
+def test_every_model_can_be_built_and_shares_all_that_is_to_be_compared(size, model):
+    path = ROOT / "configs" / f"convergence_{size}.yaml"
+    base, config = load(path, []), load(path, [*experiment.MODELS[model].departures, "model.num_classes=6"])
+    build_detector(config.model)
+    assert (config.data, config.optim, config.eval, config.train) == (base.data, base.optim, base.eval, base.train)
+    for key in ("width", "num_queries", "encoder_layers", "decoder_layers", "ffn_width", "dropout", "num_heads"):
+        assert getattr(config.model, key) == getattr(base.model, key)
+    assert replace(config.model.backbone, dilation=False) == base.model.backbone
+
+
+def test_protocol_and_sweep():
+    n = CPU.epochs
+    runs = experiment.plan("reported", CPU, 3)
+    of_detr = sorted(run.epochs for run in runs if run.model == "detr-dc5" and run.seed == 1)
+    assert of_detr == [n, 2.5 * n, 5 * n, 10 * n]
+    assert {run.seed for run in runs} == {1, 2, 3} and len(runs) == 15
+    sweep = experiment.plan("sweep", CPU, 3)
+    tried = {model: [run.lr for run in sweep if run.model == model] for model in ("deformable", "detr-dc5")}
+    assert len(set(tried["deformable"])) == len(set(tried["detr-dc5"])) == len(sweep) / 2
+    assert not {run.seed for run in sweep} & {run.seed for run in runs}
+    assert all(CPU.chosen[run.model] == run.lr for run in runs)
+    assert all(CPU.chosen[model] in rates for model, rates in tried.items())
+
+
+def test_names_are_unique():
+    runs = {run for part in experiment.PARTS for run in experiment.plan(part, CPU, 3)}
+    assert len({run.name for run in runs}) == len(runs)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The experiment in an empty folder, with 16 images and schedules of 2 to 20 epochs of 2 steps."""
+    drawn = ("--images", "16", "--val", "4", "--size", "64", "--zoom", "2")
+    monkeypatch.setitem(experiment.SIZES, "cpu", replace(CPU, drawn=drawn, epochs=2, jobs=2))
+    for name in ("configs", "framework", "ops", "data_tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    monkeypatch.setattr(experiment, "RECORDED", tmp_path / "recorded")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
+    plain = ("--parts", "again", "reported", "--seeds", "1", "--record")
+    assert experiment.main([*plain, "--minutes", "0"]) == 0
+    assert "not done" in capfd.readouterr().out and not (small / "recorded").exists()
+
+    again = experiment.plan("again", experiment.SIZES["cpu"], 1)[0]
+    one = experiment.Experiment("cpu", record=True)
+    working = one.start(again, one.settings(again))
+    while not list((one.work / again.name).glob("checkpoints/step-*[0-9]/MANIFEST.json")):
+        assert working.poll() is None, (one.work / again.name / "output.txt").read_text()
+        time.sleep(0.01)
+    working.kill()
+    working.wait()
+
+    assert experiment.main(list(plain)) == 0
+    said = capfd.readouterr().out
+    assert "resuming from" in (one.work / again.name / "output.txt").read_text()
+    runs = sorted(path.name for path in (small / "recorded" / "cpu").iterdir() if path.is_dir())
+    assert len(runs) == 7 and f"{again.name}: AP" in said
+    facts = json.loads((small / "recorded/cpu" / again.name / "run.json").read_text())
+    assert [point["epoch"] for point in facts["points"]] == [1, 2] and str(small) not in json.dumps(facts)
+    tables = json.loads((small / "recorded/cpu/tables.json").read_text())
+    assert all(row["equal"] for row in tables["the same seed twice"]["runs"])
+    assert len(json.loads((small / "recorded/cpu/convergence.json").read_text())["protocol"]["schedules"]) == 4
+
+    assert experiment.main(list(plain)) == 0
+    assert "starts" not in capfd.readouterr().out
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(small, monkeypatch, capfd):
+    broken = experiment.Model("broken", ("model.width=33",))
+    monkeypatch.setitem(experiment.MODELS, "one-level", broken)
+    monkeypatch.setattr(experiment, "WITHOUT", ("one-level", "one-point"))
+    assert experiment.main(["--parts", "without", "--jobs", "1"]) == 1
+    said = capfd.readouterr().out
+    assert "model.width" in said and "one-point-2-epochs-lr0.0004-seed1: AP" in said
+
+
+def test_bad_arguments(small, monkeypatch):
+    monkeypatch.setattr(experiment, "DATA", small)
+    with pytest.raises(UsageError, match="TENFOLD_DATA"):
+        experiment.main(["--parts", "aquarium"])
+    with pytest.raises(UsageError, match="--jobs 0"):
+        experiment.main(["--jobs", "0"])
