@@ -86,7 +86,7 @@ SIZES = {
     "cpu": Size(
         drawn=("--images", "1200", "--val", "200", "--size", "128", "--zoom", "2"),
         epochs=10, rates={"detr-dc5": (2e-4, 4e-4, 1e-4), "deformable": (2e-4, 4e-4, 8e-4)},
-        chosen={"deformable": 4e-4, "detr-dc5": 2e-4}, jobs=os.cpu_count() or 1,
+        chosen={"deformable": 4e-4, "detr-dc5": 2e-4}, jobs=len(os.sched_getaffinity(0)),
     ),
     "gpu": Size(
         drawn=("--images", "3000", "--val", "400", "--size", "192", "--zoom", "1.5"),
@@ -198,17 +198,20 @@ class Experiment:
         """Train until all are done or the time is over. False: one of them failed."""
         waiting = [run for run in runs if self.folder(run) is None]
         settings = {run: self.settings(run) for run in waiting}
-        working: dict[Run, subprocess.Popen[bytes]] = {}
+        free = shares_of_cores(jobs)
+        working: dict[Run, tuple[subprocess.Popen[bytes], set[int]]] = {}
         fine = True
         try:
             while (waiting or working) and time.monotonic() < end:
-                while waiting and len(working) < jobs:
-                    run = waiting.pop(0)
+                while waiting and free:
+                    run, cores = waiting.pop(0), free.pop(0)
                     print(f"{run.name}: starts, or goes on", flush=True)
-                    working[run] = self.start(run, settings[run])
+                    working[run] = self.start(run, settings[run], cores), cores
                 time.sleep(0.2)
-                for run in [run for run, process in working.items() if process.poll() is not None]:
-                    code = working.pop(run).returncode
+                for run in [run for run, (process, _) in working.items() if process.poll() is not None]:
+                    process, cores = working.pop(run)
+                    free.append(cores)
+                    code = process.returncode
                     fine &= code == 0
                     if code:
                         lines = (self.work / run.name / "output.txt").read_text().splitlines()[-SHOWN_LINES:]
@@ -216,20 +219,23 @@ class Experiment:
                     else:
                         self.finished(run, settings[run])
         finally:
-            for process in working.values():
+            for process, _ in working.values():
                 process.kill()  # a run goes on from its last epoch
                 process.wait()
         for run in [*working, *waiting]:
             print(f"{run.name}: not done; the same command goes on with it", flush=True)
         return fine
 
-    def start(self, run: Run, settings: list[str]) -> "subprocess.Popen[bytes]":
+    def start(self, run: Run, settings: list[str], cores: set[int]) -> "subprocess.Popen[bytes]":
+        """On cores of its own: two runs that share some wait for each other many times a step."""
         folder = self.work / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        on_cpu = {"OMP_NUM_THREADS": "1"} | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
         with open(folder / "output.txt", "ab") as output:
-            return subprocess.Popen([sys.executable, "-m", "framework.train", "--config", self.config, *settings],
-                                    cwd=ROOT, env=environment() | on_cpu, stdout=output, stderr=output)  # fmt: skip
+            return subprocess.Popen(
+                [sys.executable, "-m", "framework.train", "--config", self.config, *settings], cwd=ROOT,
+                env=environment() | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),
+                stdout=output, stderr=output, preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            )  # fmt: skip
 
     def finished(self, run: Run, settings: list[str]) -> None:
         """Write run.json, and where runs are recorded copy what a report needs: not the weights."""
@@ -356,6 +362,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: expected at least 1")
     return args
+
+
+def shares_of_cores(jobs: int) -> list[set[int]]:
+    """The cores of this process, dealt out to so many runs; where there are fewer, runs share one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [set(cores[i::jobs]) or {cores[i % len(cores)]} for i in range(jobs)]
 
 
 def record(folder: Path, target: Path) -> None:

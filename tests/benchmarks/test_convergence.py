@@ -41,6 +41,12 @@ def test_protocol_and_sweep():
     assert all(CPU.chosen[model] in rates for model, rates in tried.items())
 
 
+def test_every_run_has_cores_of_its_own(monkeypatch):
+    monkeypatch.setattr(experiment.os, "sched_getaffinity", lambda _: {4, 5, 6, 7, 8})
+    assert experiment.shares_of_cores(2) == [{4, 6, 8}, {5, 7}]
+    assert experiment.shares_of_cores(6)[4:] == [{8}, {4}]
+
+
 def test_names_are_unique():
     runs = {run for part in experiment.PARTS for run in experiment.plan(part, CPU, 3)}
     assert len({run.name for run in runs}) == len(runs)
@@ -66,7 +72,7 @@ def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
 
     again = experiment.plan("again", experiment.SIZES["cpu"], 1)[0]
     one = experiment.Experiment("cpu", record=True)
-    working = one.start(again, one.settings(again))
+    working = one.start(again, one.settings(again), experiment.shares_of_cores(1)[0])
     while not list((one.work / again.name).glob("checkpoints/step-*[0-9]/MANIFEST.json")):
         assert working.poll() is None, (one.work / again.name / "output.txt").read_text()
         time.sleep(0.01)
