@@ -42,6 +42,15 @@ def test_composition(drawn):
     assert hidden.max() <= 0.6
 
 
+def test_zoomed_objects_have_the_same_shares_of_larger_sizes(tmp_path):
+    folder = draw(tmp_path / "set", "--images", "150", "--val", "1", "--zoom", "2")
+    size = np.sqrt([one["area"] for one in annotations(folder)["annotations"]]) / SIDE * 640
+    shares = np.histogram(size, [0, 64, 192, 640])[0] / len(size)
+    assert shares == pytest.approx([0.41, 0.34, 0.24], abs=0.08) and size.min() >= 2 * 0.035 * 640
+    report = json.loads((folder / "report.json").read_text())
+    assert report["composition"]["train"]["small"] == pytest.approx(shares[0], abs=0.001)
+
+
 def test_boxes_and_areas_are_of_what_is_visible():
     side = 40
     rng = np.random.default_rng(1)
@@ -76,7 +85,7 @@ def test_grounds_and_distractors_are_pale():
     rng = np.random.default_rng(0)
     canvas_HW3 = synth.draw_ground(rng, SIDE)
     before = canvas_HW3.copy()
-    synth.draw_distractors(rng, canvas_HW3, 6)
+    synth.draw_distractors(rng, canvas_HW3, 6, zoom=1.0)
     spread = (canvas_HW3.max(axis=2) - canvas_HW3.min(axis=2)) / canvas_HW3.max(axis=2).clip(0.01)
     assert (spread > 0.5).mean() < 0.02  # the lines
     assert (abs(canvas_HW3 - before).max(axis=2) > 0.05).mean() > 0.005

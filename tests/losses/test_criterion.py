@@ -37,6 +37,14 @@ def test_layers_have_names_and_weights():
     assert criterion.total(losses).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_without_auxiliary_losses_the_last_layer_has_all_of_them():
+    predictions, targets = two_stage_problem()
+    everything = Criterion(LossConfig(), "focal")(predictions, targets, 5.0)
+    last = Criterion(LossConfig(auxiliary=False), "focal")(predictions, targets, 5.0)
+    assert set(last) == {name for name in everything if "/layer" not in name}
+    assert all(torch.equal(last[name], everything[name]) for name in last)
+
+
 def test_proposals_know_one_class():
     """They are matched and scored as if every target were class 0, the decoder's layers are not."""
     predictions, targets = two_stage_problem()

@@ -237,8 +237,39 @@ def test_a_thinner_backbone():
     with torch.no_grad():
         assert [m.shape[1] for m in backbone(torch.zeros(1, 3, 64, 64))] == backbone.channels == [512, 1024]
     assert backbone.conv1.out_channels == 32
-    with pytest.raises(UsageError, match="model.backbone.width: found 48, expected a multiple of 32"):
+    with pytest.raises(UsageError, match="model.backbone.width: found 48, expected 16 or a multiple of 32"):
         BackboneConfig(width=48)
+
+
+def test_narrow_maps_are_normalised_in_groups_of_several_channels():
+    """A channel alone would lose how strong it is: two maps that differ in strength only would be the same."""
+    for channels in (16, 32, 48, 64, 128):
+        norm = group_norm(channels)
+        assert isinstance(norm, torch.nn.GroupNorm) and channels // norm.num_groups >= 2
+    assert group_norm(64).num_groups == 32
+
+
+def test_dense_attention_with_refinement_differs_from_deformable_attention_alone():
+    """Everything else, parameter by parameter, is that of Deformable DETR with refinement on one level."""
+    one_level = dict(SMALL, num_feature_levels=1, refine_boxes=True)
+    shapes = {
+        kind: {name: p.shape for name, p in build_detector(ModelConfig(**one_level, attention=kind)).named_parameters()
+               if "attention.sample" not in name and "attention.attend" not in name}
+        for kind in ("deformable", "dense")
+    }  # fmt: skip
+    assert shapes["dense"] == shapes["deformable"]
+    torch.manual_seed(0)
+    model = build_detector(ModelConfig(**one_level, attention="dense")).eval()
+    images, padding = torch.randn(1, 3, 96, 128), torch.zeros(1, 96, 128, dtype=torch.bool)
+    for head in model.decoder.box_heads:  # so that every layer moves its boxes
+        torch.nn.init.normal_(head.layers[-1].weight, std=0.1)
+    boxes_KQ4 = model(images, padding).boxes_KBQ4[:, 0]
+    assert not torch.allclose(boxes_KQ4[0], boxes_KQ4[1])
+    for head in model.decoder.box_heads[1:]:  # a head that moves nothing leaves the boxes where the last layer put them
+        torch.nn.init.zeros_(head.layers[-1].weight)
+        torch.nn.init.zeros_(head.layers[-1].bias)
+    boxes_KQ4 = model(images, padding).boxes_KBQ4[:, 0]
+    assert torch.allclose(boxes_KQ4[0], boxes_KQ4[1], atol=1e-5)
 
 
 def test_sine_position_is_that_of_the_unpadded_part():
@@ -258,8 +289,8 @@ def test_sine_position_is_that_of_the_unpadded_part():
         ),
         (dict(attention="dense"), "model.attention, model.num_feature_levels"),
         (
-            dict(attention="dense", num_feature_levels=1, refine_boxes=True),
-            "model.attention, model.refine_boxes",
+            dict(attention="dense", num_feature_levels=1, refine_boxes=True, queries="proposals"),
+            "model.attention, model.queries",
         ),
         (dict(width=100), "model.width, model.num_heads"),
         (dict(num_queries=0), "model.num_queries: found 0"),
