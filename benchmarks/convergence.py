@@ -14,15 +14,20 @@ TENFOLD_DATA.
 """
 
 import argparse
+import ctypes
+import fcntl
 import gzip
 import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +38,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.results import ROOT, machine, today, write
+from data_tools.sample import read_manifest
 from framework import convergence
 from framework.config import load
 from framework.errors import FAILED, UsageError, command
 from framework.tracking.console import setup_logging, write_json
 from framework.tracking.curves import read_curve
+from framework.tracking.run_folder import different_keys
 
 DATA = Path(os.environ.get("TENFOLD_DATA", ROOT.parent / "shared" / "data")).resolve()
 RECORDED = ROOT / "docs" / "results" / "convergence"
@@ -48,6 +55,8 @@ MORE_EPOCHS = 6
 ON_PHOTOGRAPHS = ("data.sizes=[192]", "data.max_size=256", "model.num_queries=60", "eval.every=3",
                   "eval.image_side=null")  # fmt: skip
 SHOWN_LINES = 15  # of the log of a run that failed
+MOST_SEEDS = 10
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ WITHOUT = ("one-level", "one-point", "dense", "softmax", "no-auxiliary")
 
 @dataclass(frozen=True)
 class Size:
-    """epochs: N. rates: those tried of each tuned model, and chosen: the best. jobs: runs side by side."""
+    """epochs: N. rates: those tried of each tuned model. chosen: what there is without a sweep. jobs: side by side."""
 
     drawn: tuple[str, ...]
     epochs: int
@@ -89,8 +98,8 @@ class Size:
 
 SIZES = {
     "cpu": Size(
-        drawn=("--images", "1200", "--val", "200", "--size", "128", "--zoom", "2"),
-        epochs=10, rates={"detr-dc5": (2e-4, 4e-4, 1e-4), "deformable": (2e-4, 4e-4, 8e-4)},
+        drawn=("--images", "1000", "--val", "200", "--size", "128", "--zoom", "2"),
+        epochs=10, rates={"detr-dc5": (1e-4, 2e-4, 5e-5), "deformable": (4e-4, 2e-4, 8e-4)},
         chosen={"deformable": 4e-4, "detr-dc5": 2e-4}, jobs=len(os.sched_getaffinity(0)),
     ),
     "gpu": Size(
@@ -124,10 +133,10 @@ class Run:
         return f"{MODELS[self.model].title}, {self.epochs} epochs"
 
 
-def plan(part: str, size: Size, seeds: int) -> list[Run]:
-    """The runs of a part, in the order in which they are worth their time."""
+def plan(part: str, size: Size, seeds: int, rates: dict[str, float]) -> list[Run]:
+    """The runs of a part, in the order in which they are worth their time. rates: of the tuned models."""
     n, longest = size.epochs, 10 * size.epochs
-    rate = {name: size.chosen[model.tuned_as] for name, model in MODELS.items()}
+    rate = {name: rates[model.tuned_as] for name, model in MODELS.items()}
 
     def of(model: str, epochs: int = n, seed: int = 1, **others: Any) -> Run:
         return Run(model, epochs, rate[model], seed, **others)
@@ -146,7 +155,7 @@ def plan(part: str, size: Size, seeds: int) -> list[Run]:
         return [of(model, epochs, seed) for seed in every_seed for model, epochs in
                 (("refine", n), ("two-stage", n), ("detr", longest))]  # fmt: skip
     if part == "without":
-        return [of(model) for model in WITHOUT]
+        return [of(model, n, seed) for seed in every_seed for model in WITHOUT]
     if part == "attention":
         return [of(model, longest, until=max(LOOKED_AT)) for model in ("deformable", "detr-dc5")]
     if part == "again":
@@ -167,43 +176,77 @@ class Experiment:
         self.config = f"configs/convergence_{size}.yaml"
         self.work = ROOT / "runs" / f"convergence-{size}"
         self.out = RECORDED / size if record else self.work / "report"
+        self.made: dict[str, Path] = {}
+
+    def plan(self, part: str, seeds: int) -> list[Run]:
+        return plan(part, self.size, seeds, self.rates())
+
+    def rates(self) -> dict[str, float]:
+        """Of each tuned model the one with the best final AP, where all were tried."""
+        best = dict(self.size.chosen)
+        sweep = plan("sweep", self.size, 1, best)
+        for model in best:
+            scores = {run.lr: self.facts(run)["AP"] for run in sweep if run.model == model and self.folder(run)}
+            if len(scores) == len(self.size.rates[model]):
+                best[model] = max(scores, key=lambda lr: scores[lr])
+        return best
 
     def folder(self, run: Run) -> Path | None:
         """Where a finished run is; None: it is not."""
-        places = (RECORDED / self.name / run.name, self.work / run.name)
-        return next((place for place in places[not self.record :] if (place / "run.json").exists()), None)
+        place = self.recorded(run) if self.record and run.until is None else self.work / run.name
+        return place if (place / "run.json").exists() else None
+
+    def recorded(self, run: Run) -> Path:
+        return RECORDED / self.name / run.name
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        folder = self.folder(run)
+        assert folder is not None
+        facts = json.loads((folder / "run.json").read_text())
+        assert isinstance(facts, dict)
+        return facts
 
     def shards(self, data: str) -> Path:
-        """Drawn or read, and converted, the first time."""
-        shards, source = ROOT / "data" / f"convergence-{self.name}" / f"{data}-shards", DATA / data
-        if not (shards / "train").exists():
+        """Folder of shards as seen from ROOT: of the drawn set, or of one that TENFOLD_DATA has.
+
+        The first time they are made, unless they are there; a folder with others ends the command.
+        """
+        if data not in self.made:
+            folder = Path("data", f"convergence-{self.name}")
+            source = folder / "drawn" if data == "drawn" else DATA / data
             if data == "drawn":
-                source = shards.with_name("drawn")
                 python("-m", "data_tools.synth", "--out", str(source), *self.size.drawn)
-            if not source.is_dir():
+            elif not source.is_dir():
                 raise UsageError(f"{source} is not there: set TENFOLD_DATA to the folder that {data} is in")
+            self.made[data] = folder / f"{data}-shards"
             python("-m", "data_tools.convert", "--images", str(source / "images"),
-                   "--annotations", str(source / "annotations"), "--out", str(shards))  # fmt: skip
-        return shards
+                   "--annotations", str(source / "annotations"), "--out", str(self.made[data]))  # fmt: skip
+        return self.made[data]
 
     def settings(self, run: Run) -> list[str]:
-        """key=value of a run."""
+        """key=value of a run; folders as seen from ROOT."""
         shards = self.shards(run.data)
-        per_epoch = json.loads((shards / "train" / "manifest.json").read_text())["shards"]
-        images = sum(shard["samples"] for shard in per_epoch)
-        steps = images // load(ROOT / self.config, []).train.global_batch
+        manifest = read_manifest(ROOT / shards / "train")
+        steps = manifest.images // load(ROOT / self.config, []).train.global_batch
         return [
-            *MODELS[run.model].departures, f"train.epochs={run.epochs}",
-            f"train.lr_drop_epochs=[{round(0.8 * run.epochs)}]", f"optim.lr={run.lr:g}", f"train.seed={run.seed}",
-            f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"train.run_dir={self.work / run.name}",
+            *MODELS[run.model].departures, f"model.num_classes={len(manifest.classes)}",
+            f"train.epochs={run.epochs}", f"train.lr_drop_epochs=[{round(0.8 * run.epochs)}]",
+            f"optim.lr={run.lr:g}", f"train.seed={run.seed}", f"data.train={shards / 'train'}",
+            f"data.val={shards / 'val'}", f"train.run_dir={(self.work / run.name).relative_to(ROOT)}",
             f"tracking.log_every={steps}", *ON_PHOTOGRAPHS * (run.data != "drawn"),
             *([f"train.max_steps={steps * run.until}", "tracking.attention=1"] if run.until else []),
         ]  # fmt: skip
 
     def train(self, runs: Iterable[Run], jobs: int, end: float) -> bool:
         """Train until all are done or the time is over. False: one of them failed."""
+        runs = list(dict.fromkeys(runs))
+        settings = {run: self.settings(run) for run in runs}
+        for run in runs:
+            self.refuse_other(run, settings[run])
+            finished = (self.work / run.name / "run.json").exists()
+            if finished and self.folder(run) is None:
+                record(self.work / run.name, self.recorded(run))  # finished without --record
         waiting = [run for run in runs if self.folder(run) is None]
-        settings = {run: self.settings(run) for run in waiting}
         free = shares_of_cores(jobs)
         working: dict[Run, tuple[subprocess.Popen[bytes], set[int]]] = {}
         fine = True
@@ -217,11 +260,10 @@ class Experiment:
                 for run in [run for run, (process, _) in working.items() if process.poll() is not None]:
                     process, cores = working.pop(run)
                     free.append(cores)
-                    code = process.returncode
-                    fine &= code == 0
-                    if code:
+                    fine &= process.returncode == 0
+                    if process.returncode:
                         lines = (self.work / run.name / "output.txt").read_text().splitlines()[-SHOWN_LINES:]
-                        print(f"{run.name}: exit code {code}:", *lines, sep="\n  ", flush=True)
+                        print(f"{run.name}: exit code {process.returncode}:", *lines, sep="\n  ", flush=True)
                     else:
                         self.finished(run, settings[run])
         finally:
@@ -232,15 +274,33 @@ class Experiment:
             print(f"{run.name}: not done; the same command goes on with it", flush=True)
         return fine
 
+    def refuse_other(self, run: Run, settings: list[str]) -> None:
+        """Raises UsageError when a finished run was another one than these settings make."""
+        folder = self.folder(run)
+        if folder is None:
+            return
+        wanted = load(ROOT / self.config, settings)
+        if keys := different_keys(load(folder / "config.yaml", []), wanted):
+            raise UsageError(f"{folder.relative_to(ROOT)}: trained with another configuration: {'; '.join(keys)}; "
+                             "remove the folder, or restore the configuration")  # fmt: skip
+
     def start(self, run: Run, settings: list[str], cores: set[int]) -> "subprocess.Popen[bytes]":
-        """On cores of its own: two runs that share some wait for each other many times a step."""
+        """On cores of its own: two runs that share some wait for each other many times a step.
+
+        It dies with this process, so that no two ever write into one folder.
+        """
+
+        def prepare() -> None:
+            os.sched_setaffinity(0, cores)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
         folder = self.work / run.name
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", "framework.train", "--config", self.config, *settings], cwd=ROOT,
                 env=environment() | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),
-                stdout=output, stderr=output, preexec_fn=lambda: os.sched_setaffinity(0, cores),
+                stdout=output, stderr=output, preexec_fn=prepare,
             )  # fmt: skip
 
     def finished(self, run: Run, settings: list[str]) -> None:
@@ -250,45 +310,51 @@ class Experiment:
         assert curve is not None, f"{folder}: trained, but without AP"
         newest = max((folder / "checkpoints").iterdir())
         manifest = json.loads((newest / "MANIFEST.json").read_text())
-        said = [text for text in settings if not text.startswith(("data.", "train.run_dir"))]
+        environment = json.loads((folder / "environment.json").read_text())
         facts = {**vars(run), "AP": curve.last["AP"], "hours": curve.last["hours"], "points": curve.points,
-                 "weights_sha256": manifest["files"]["weights.safetensors"]["sha256"], "date": today(),
-                 "machine": machine(),
-                 "command": f"python -m framework.train --config {self.config} {' '.join(said)}"}  # fmt: skip
+                 "weights_sha256": manifest["files"]["weights.safetensors"]["sha256"],
+                 "data_fingerprint": environment["fingerprint"], "device": environment["device"],
+                 "commit": environment["commit"], "machine": machine(), "date": today(),
+                 "command": f"python -m framework.train --config {self.config} {' '.join(settings)}"}  # fmt: skip
         write_json(folder / "run.json", facts)
         print(f"{run.name}: AP {100 * (curve.last['AP'] or 0):.1f} after {curve.last['hours'] or 0:.2f} h", flush=True)
-        if self.record and not run.until:
-            record(folder, RECORDED / self.name / run.name)
+        if self.record and run.until is None:
+            record(folder, self.recorded(run))
 
-    def report(self, seeds: int) -> None:
+    def report(self) -> None:
         """Charts and tables of what is finished."""
-        whole = [*plan("reported", self.size, 1), *plan("more", self.size, 1)]
+        self.out.mkdir(parents=True, exist_ok=True)
+        drawn = ROOT / "data" / f"convergence-{self.name}" / "drawn" / "report.json"
+        if drawn.exists():
+            shutil.copyfile(drawn, self.out / "set.json")
+        whole = [*self.plan("reported", MOST_SEEDS), *self.plan("more", MOST_SEEDS)]
         tables = {
-            "sweep": plan("sweep", self.size, seeds),
-            "one thing taken away": [run for run in whole if run.model in ("deformable", "refine")]
-            + plan("without", self.size, seeds),
+            "sweep": self.plan("sweep", 1),
+            "with one thing taken away": [run for run in whole if run.model in ("deformable", "refine")]
+            + self.plan("without", MOST_SEEDS),
         }
         for title, runs in tables.items():
-            if rows := [self.row(run, folder) for run in runs if (folder := self.folder(run))]:
-                self.write(title, {"runs": rows})
-        method = f"{MODELS['deformable'].title}, {self.size.epochs} epochs"
-        self.compare("", [*plan("reported", self.size, seeds), *plan("more", self.size, seeds)], method)
+            if rows := [self.row(run) for run in runs if self.folder(run)]:
+                part = "sweep" if title == "sweep" else "reported more without"
+                self.write(title, {"runs": rows}, part)
+        self.compare("", whole, by_protocol=True)
         for data in PHOTOGRAPHS:
-            self.compare(data, plan(data, self.size, seeds))
+            self.compare(data, self.plan(data, 1))
         self.report_again()
         self.draw_attention()
 
-    def row(self, run: Run, folder: Path) -> dict[str, Any]:
-        facts = json.loads((folder / "run.json").read_text())
-        last = facts["points"][-1]
+    def row(self, run: Run) -> dict[str, Any]:
+        facts = self.facts(run)
         row = {"model": MODELS[run.model].title, "epochs": run.epochs, "learning rate": run.lr, "seed": run.seed}
-        row |= {name: round(100 * last[name], 1) for name in ("AP", "APs", "APm", "APl")}
+        for name in ("AP", "APs", "APm", "APl"):
+            value = facts["points"][-1][name]
+            row[name] = None if value is None else round(100 * value, 1)
         return row | {"hours": round(facts["hours"], 2), "trained": facts["date"]}
 
-    def compare(self, name: str, runs: list[Run], method: str | None = None) -> None:
+    def compare(self, name: str, runs: list[Run], *, by_protocol: bool = False) -> None:
         """The charts of framework.convergence, measured against DETR-DC5's longest schedule.
 
-        method: whose final AP DETR-DC5's schedules have to reach, by the protocol.
+        by_protocol: with the ratio, once all schedules are there.
         """
         done = {run: folder for run in runs if (folder := self.folder(run))}
         baseline = sorted({run.epochs: run.label for run in done if run.model == "detr-dc5"}.items())
@@ -297,29 +363,39 @@ class Experiment:
         labels = [label for _, label in baseline]
         arguments = [f"{run.label}={folder.relative_to(ROOT)}" for run, folder in done.items()]
         flags = ["--out", str(self.out / name), "--baseline", labels[-1]]
-        if method and any(run.label == method for run in done):
-            flags += ["--method", method, "--schedules", *labels]
-        convergence.main([*arguments, *flags])
+        if by_protocol:
+            missing = [run.name for run in self.plan("reported", 1) if run not in done]
+            if missing:
+                print("the protocol's ratio has to wait for", ", ".join(missing))
+            else:
+                method = f"{MODELS['deformable'].title}, {self.size.epochs} epochs"
+                flags += ["--method", method, "--schedules", *labels]
+        try:
+            convergence.main([*arguments, *flags])
+        except UsageError as error:  # runs on another set were left out; the other tables are made all the same
+            print(f"no charts{f' of {name}' if name else ''}: {error}")
+        if self.record:  # TensorBoard does not read gzipped runs
+            shutil.rmtree(self.out / name / "tensorboard", ignore_errors=True)
 
     def report_again(self) -> None:
-        """Are runs of the same seed equal in every bit?"""
+        """Are runs of the same seed equal in every bit? (On one machine, with as many cores.)"""
         rows = []
-        for run in plan("again", self.size, 1):
-            first = Run(run.model, run.epochs, run.lr, run.seed)
-            folders = [folder for one in (first, run) if (folder := self.folder(one))]
-            if len(folders) == 2:
-                a, b = (json.loads((folder / "run.json").read_text()) for folder in folders)
+        for run in self.plan("again", 1):
+            first = replace(run, again=False)
+            if self.folder(first) and self.folder(run):
+                a, b = self.facts(first), self.facts(run)
                 rows.append({
                     "model": MODELS[run.model].title, "epochs": run.epochs, "seed": run.seed, "AP": a["AP"],
                     "AP, again": b["AP"], "weights": a["weights_sha256"][:16],
                     "weights, again": b["weights_sha256"][:16], "equal": a["weights_sha256"] == b["weights_sha256"],
+                    "on": " and ".join(dict.fromkeys(f"{one['device']}; {one['machine']}" for one in (a, b))),
                 })  # fmt: skip
         if rows:
-            self.write("the same seed twice", {"runs": rows})
+            self.write("the same seed twice", {"runs": rows}, "reported again")
 
     def draw_attention(self) -> None:
         """What each model's most certain query looks at on one image, after some epochs, as a grid of pictures."""
-        runs = [run for run in plan("attention", self.size, 1) if (self.work / run.name / "run.json").exists()]
+        runs = [run for run in self.plan("attention", 1) if self.folder(run)]
         if not runs:
             return
         figure, panels = pyplot.subplots(len(runs), len(LOOKED_AT), figsize=(12, 3.4 * len(runs)), squeeze=False,
@@ -329,13 +405,12 @@ class Experiment:
                 panel.imshow(picture(self.work / run.name, "attention/0", epoch))
                 panel.set_title(f"{MODELS[run.model].title}, after epoch {epoch}")
                 panel.axis("off")
-        self.out.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.out / "attention.png", dpi=110)
         pyplot.close(figure)
 
-    def write(self, part: str, result: dict[str, Any]) -> None:
-        write("tables", f"The convergence experiment, size {self.name}", part, result,
-              f"python -m benchmarks.convergence --size {self.name}", folder=self.out)  # fmt: skip
+    def write(self, title: str, result: dict[str, Any], parts: str) -> None:
+        command = f"python -m benchmarks.convergence --size {self.name} --parts {parts} --record"
+        write("tables", f"The convergence experiment, size {self.name}", title, result, command, folder=self.out)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -344,9 +419,13 @@ def main(argv: list[str] | None = None) -> int:
     os.chdir(ROOT)  # what is recorded names folders from here
     end = time.monotonic() + 60 * args.minutes
     experiment = Experiment(args.size, args.record)
-    runs = [run for part in args.parts for run in plan(part, experiment.size, args.seeds)]
-    fine = experiment.train(dict.fromkeys(runs), args.jobs or experiment.size.jobs, end)
-    experiment.report(args.seeds)
+    fine = True
+    with alone(experiment.work):
+        # The sweep first: it decides on the learning rates of the others.
+        for parts in ([p for p in args.parts if p == "sweep"], [p for p in args.parts if p != "sweep"]):
+            runs = [run for part in parts for run in experiment.plan(part, args.seeds)]
+            fine &= experiment.train(runs, args.jobs or experiment.size.jobs, end)
+        experiment.report()
     print(f"charts and tables are in {experiment.out.relative_to(ROOT)}")
     return 0 if fine else FAILED
 
@@ -364,12 +443,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, help="runs side by side (cpu: as many as cores; gpu: 4)")
     parser.add_argument("--record", action="store_true", help="in docs/results/convergence/, for this repository")
     args = parser.parse_args(argv)
-    for name, least in (("minutes", 0), ("seeds", 1)):
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name} {getattr(args, name)}: expected at least {least}")
+    if args.minutes < 0:
+        raise UsageError(f"--minutes {args.minutes}: expected at least 0")
+    if not 1 <= args.seeds <= MOST_SEEDS:
+        raise UsageError(f"--seeds {args.seeds}: expected 1 to {MOST_SEEDS}")
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: expected at least 1")
     return args
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Raises UsageError while another process trains here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UsageError(f"{folder}: another process trains its runs; wait for it, or end it") from error
+    finally:
+        os.close(descriptor)
 
 
 def shares_of_cores(jobs: int) -> list[set[int]]:
@@ -379,14 +473,18 @@ def shares_of_cores(jobs: int) -> list[set[int]]:
 
 
 def record(folder: Path, target: Path) -> None:
-    """Copy a run's settings and numbers, its event files gzipped (the same bytes every time)."""
-    (target / "tensorboard").mkdir(parents=True, exist_ok=True)
+    """Copy what a report needs of a run, not its weights; all of it or nothing. Event files are gzipped and keep the
+    time of their names, not the host's name."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "tensorboard").mkdir(parents=True)
     for name in ("config.yaml", "environment.json", "run.json"):
-        text = (folder / name).read_text().replace(f"{ROOT}/", "")  # no machine's paths
-        (target / name).write_text(text)
-    for path in sorted((folder / "tensorboard").iterdir()):
+        shutil.copyfile(folder / name, partial / name)
+    for i, path in enumerate(sorted((folder / "tensorboard").iterdir())):
         packed = gzip.compress(path.read_bytes(), mtime=0)
-        (target / "tensorboard" / f"{path.name}.gz").write_bytes(packed)
+        (partial / "tensorboard" / f"events.out.tfevents.{path.name.split('.')[3]}.{i}.gz").write_bytes(packed)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
 
 
 def picture(folder: Path, tag: str, epoch: int) -> np.ndarray:

@@ -27,10 +27,10 @@ PARTS = {
     "op": [BUILD, ["-m", "benchmarks.precision", "--device", "cuda"], ["-m", "benchmarks.op_gpu"]],
     "tests": [BUILD, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops"]],
     "sanitizer": [BUILD, ["-m", "benchmarks.gpu_sanitizer"]],
-    # Goes on where the last call was stopped, if runs/ and docs/results/ are still there (or were carried back).
+    # Goes on where the last call was stopped, while runs/ is still there.
     "convergence": [
         BUILD,
-        ["-m", "benchmarks.convergence", "--size", "gpu", "--parts", "reported", "--minutes", "6", "--record"],
+        ["-m", "benchmarks.convergence", "--size", "gpu", "--parts", "sweep", "reported", "--minutes", "5", "--record"],
     ],
 }
 

@@ -14,12 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 
 
-def write(name: str, title: str, part: str, result: dict[str, Any], command: str, *, folder: Path = RESULTS) -> None:
+def write(
+    name: str, title: str, part: str, result: dict[str, Any], command: str, *, folder: Path | None = None
+) -> None:
     """Replace the section `part` of the results `name`, stamped with command, date, commit, machine.
 
     In `result`, a value that is a list of dicts becomes a table of its own.
     """
-    path = folder / f"{name}.json"
+    path = (folder or RESULTS) / f"{name}.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
     everything[part] = result | {
         "command": command,

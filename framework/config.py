@@ -78,6 +78,11 @@ class Config:
                 "random statistics that never change; set model.backbone.weights=PATH (the README says how to get "
                 "it), model.init=PATH, or model.backbone.norm=group"
             )
+        if self.model.refine_boxes and not self.loss.auxiliary:
+            raise UsageError(
+                "model.refine_boxes, loss.auxiliary: found true and false; boxes are refined by heads that only "
+                "auxiliary losses train: set loss.auxiliary=true or model.refine_boxes=false"
+            )
         if self.data.labels == "category_id" and self.model.num_classes is None:
             raise UsageError(
                 "data.labels, model.num_classes: found category_id and null; raw COCO ids need "

@@ -26,8 +26,9 @@ RUN is a run folder, or any folder with event files, with a label before it wher
 label are seeds of one line. Without a label: the folder's name without -seedN."""
 
 SHARES = (0.5, 0.75, 0.9, 1.0)  # of the baseline's best AP
-# A baseline counts as converged where it ends within 90 % of the method's AP, or had gained less than 1 AP.
-NEAR_ENOUGH, FLAT = 0.9, 0.01
+# A baseline counts as converged where it ends within 90 % of the method's AP, or at half of it, if it had become flat:
+# gained less than 1 AP. One that never learnt anything is flat too, and proves nothing.
+NEAR_ENOUGH, HALF, FLAT = 0.9, 0.5, 0.01
 AXES = ("epoch", "images", "step", "hours")
 
 log = logging.getLogger("tenfold")
@@ -136,31 +137,41 @@ def spread(numbers: Sequence[float | None]) -> list[float] | None:
 def protocol(method: list[Curve], schedules: list[list[Curve]]) -> dict[str, Any]:
     """The shortest complete schedule of the baseline whose final AP reaches the method's, in the method's epochs.
 
-    Final APs are means over seeds. Valid only if the longest schedule ends within NEAR_ENOUGH of the method's AP or had
-    become flat: it gained less than FLAT over the last fifth before its learning rate dropped.
-    Raises InputError: a run does not say its epochs.
+    Final APs are means over seeds. Valid only if the longest schedule ends within NEAR_ENOUGH of the method's AP, or at
+    HALF of it and flat: it gained less than FLAT over the last fifth before its learning rate dropped. What is not
+    valid has no ratio. Raises InputError: a run does not say its epochs.
     """
     target, length = final(method), epochs_of(method)
-    table = [
+    table: list[dict[str, Any]] = [
         {"label": curves[0].label, "seeds": len(curves), "epochs": epochs_of(curves),
          "times": epochs_of(curves) / length, "AP": final(curves)}
         for curves in sorted(schedules, key=epochs_of)
     ]  # fmt: skip
-    reached = [epochs_of(curves) / length for curves in schedules if final(curves) >= target]
     longest = max(schedules, key=epochs_of)
     gains = [gain_before_drop(curve) for curve in longest]
     flat = None not in gains and statistics.mean(gain for gain in gains if gain is not None) < FLAT
-    valid = final(longest) >= NEAR_ENOUGH * target or flat
-    words = f"{min(reached):.3g}" if reached else f"> {epochs_of(longest) / length:.3g}, not reached"
+    share = final(longest) / target if target else 0.0
+    valid = share >= NEAR_ENOUGH or (flat and share >= HALF)
+    ratio = next((row["times"] for row in table if row["AP"] >= target), None) if valid else None
+    shorter = [row["times"] for row in table if ratio and row["times"] < ratio]
+    if not valid:
+        words = "the baseline has not converged: no ratio"
+    elif ratio is None:
+        words = f"> {table[-1]['times']:.3g} times as many, not reached"
+    elif shorter:
+        words = f"{ratio:.3g} times as many ({shorter[-1]:.3g} times do not suffice)"
+    else:
+        words = f"at most {ratio:.3g} times as many (no shorter schedule is there)"
     return {
         "method": method[0].label,
         "seeds": len(method),
         "epochs": length,
         "AP": target,
         "schedules": table,
-        "ratio": min(reached) if reached else None,
-        "in words": words if valid else f"(baseline not converged) {words}",
+        "ratio": ratio,
+        "in words": words,
         "valid": valid,
+        "the longest's share of the method's AP": share,
         "gain of the longest over the last fifth before its drop": gains,
     }
 
@@ -196,17 +207,17 @@ def markdown(lines: dict[str, list[Curve]], result: dict[str, Any]) -> str:
     def percent(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.1f}"
 
-    text = ["# Convergence", "", "| run | seeds | epochs | AP | small | medium | large | hours |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    text = ["# Convergence", "", "| run | folder | epochs | AP | small | medium | large | hours |",
+            "|---|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     for label, curves in lines.items():
         for curve in curves:
             last = curve.last
             sizes = " | ".join(percent(last[key]) for key in ("AP", "APs", "APm", "APl"))
             epoch, hours = (f"{v:.3g}" if v is not None else "" for v in (last["epoch"], last["hours"]))
-            text.append(f"| {label} | {len(curves)} | {epoch} | {sizes} | {hours} |")
+            text.append(f"| {label} | {Path(curve.folder).name} | {epoch} | {sizes} | {hours} |")
     if found := result.get("protocol"):
-        text += ["", f"A baseline that reaches the AP of {found['method']}, {percent(found['AP'])} after "
-                 f"{found['epochs']:g} epochs, takes **{found['in words']}** times as many.", "",
+        text += ["", f"Epochs of the baseline to the AP of {found['method']}, {percent(found['AP'])} after "
+                 f"{found['epochs']:g}: **{found['in words']}**.", "",
                  "| complete schedule | seeds | epochs | times | final AP |", "|---|--:|--:|--:|--:|"]  # fmt: skip
         text += [f"| {row['label']} | {row['seeds']} | {row['epochs']:g} | {row['times']:.3g} | "
                  f"{percent(row['AP'])} |" for row in found["schedules"]]  # fmt: skip
@@ -223,6 +234,8 @@ def write_layout(out: Path, tag: str) -> None:
     """TensorBoard's custom scalars: the runs beside this folder under one tab, sizes apart."""
     layout = {"convergence": {name: ["Multiline", [f"^{tag}{size}$"]] for name, size in
                               (("AP", ""), ("small", "s"), ("medium", "m"), ("large", "l"))}}  # fmt: skip
+    for earlier in (out / "tensorboard").glob("*tfevents*"):
+        earlier.unlink()
     with SummaryWriter(str(out / "tensorboard")) as writer:
         writer.add_custom_scalars(layout)
 

@@ -35,6 +35,8 @@ def test_the_configs_that_are_promised_exist():
         "coco_r50_detr",
         "coco_r50_detr_dc5",
         "quickstart",
+        "convergence_cpu",
+        "convergence_gpu",
     }
     assert promised <= {p.stem for p in CONFIGS}
 
@@ -153,3 +155,8 @@ def leaf_fields(cls, prefix=""):
             yield from leaf_fields(hints[f.name], f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", (cls, f.name)
+
+
+def test_boxes_are_not_refined_by_heads_that_nothing_trains():
+    with pytest.raises(UsageError, match="model.refine_boxes, loss.auxiliary"):
+        load("loss.auxiliary=false", "model.refine_boxes=true")

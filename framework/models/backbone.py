@@ -160,11 +160,11 @@ def _stage(
     dilation: int,
     norm: NormLayer,
 ) -> nn.Sequential:
-    """The first block keeps dilation 1, as torchvision does when it trades stride for dilation."""
+    """The first of several blocks keeps dilation 1, as torchvision does when it trades stride for dilation."""
     c_out = c * block.expansion
     downsample = None
     if stride != 1 or c_in != c_out:
         downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), norm(c_out))
-    first = block(c_in, c, stride, 1, norm, downsample)
+    first = block(c_in, c, stride, dilation if depth == 1 else 1, norm, downsample)
     rest = [block(c_out, c, 1, dilation, norm, None) for _ in range(depth - 1)]
     return nn.Sequential(first, *rest)

@@ -94,7 +94,7 @@ def _draw(panel: Axes, lines: Lines, axis: str, key: str) -> None:
             columns = [tuple(seed[place] for seed in seeds) for place in places]
         if not places:
             continue
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dash(i)}
         means = [100 * statistics.mean(column) for column in columns]
         name = label if len(curves) == 1 else f"{label}, {len(curves)} seeds"
         panel.plot(places, means, **style, linewidth=1.6, label=name)
@@ -103,6 +103,11 @@ def _draw(panel: Axes, lines: Lines, axis: str, key: str) -> None:
             low, high = ([100 * extreme(column) for column in columns] for extreme in (min, max))
             panel.fill_between(places, low, high, color=style["color"], alpha=0.18, linewidth=0)
     panel.grid(alpha=0.3)
+
+
+def dash(line: int) -> Any:
+    """Another one for every line of a colour."""
+    return DASHES[(line + line // len(COLOURS)) % len(DASHES)]
 
 
 def _logarithmic(panel: Axes) -> None:

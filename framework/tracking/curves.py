@@ -39,7 +39,7 @@ class Curve:
 
 def read_curve(text: str, tag: str) -> Curve | None:
     """A run, or None with a line that says why it cannot be drawn."""
-    label, separator, path = text.partition("=")
+    label, separator, path = ("", "", "") if Path(text).is_dir() else text.partition("=")
     folder = Path(path if separator else text)
     label = label if separator else folder.name.rpartition("-seed")[0] or folder.name
     try:
@@ -48,14 +48,14 @@ def read_curve(text: str, tag: str) -> Curve | None:
         log.warning("%s is left out: %s", label, error)
         return None
     values = scalars.values.get(tag, {})
-    finite = {step: ap for step, ap in values.items() if math.isfinite(ap)}
+    finite = {step: ap for step, ap in values.items() if math.isfinite(ap) and ap >= 0}
     if not finite:
         others = ", ".join(scalars.values)[:200]
-        why = f"{tag} is NaN at all of its steps" if values else f"no {tag} (--tag) in it, only {others}"
+        why = f"{tag} is NaN or -1 at all of its steps" if values else f"no {tag} (--tag) in it, only {others}"
         log.warning("%s is left out: %s: %s", label, folder, why)
         return None
     if len(finite) < len(values):
-        log.warning("%s: %s is NaN at %d of its %d steps, which are passed over", label, tag,
+        log.warning("%s: %s is NaN or -1 at %d of its %d steps, which are passed over", label, tag,
                     len(values) - len(finite), len(values))  # fmt: skip
     if repeated := sorted(scalars.repeated.get(tag, ())):
         log.warning("%s: steps from %d on stand there more than once; the later values count", label, repeated[0])
@@ -67,9 +67,9 @@ def read_curve(text: str, tag: str) -> Curve | None:
 def point_of(step: int, ap: float, scalars: Scalars, tag: str) -> dict[str, float | None]:
     def at(name: str) -> float | None:
         value = scalars.values.get(name, {}).get(step)
-        return value if value is not None and math.isfinite(value) else None
+        return value if value is not None and math.isfinite(value) and value >= 0 else None
 
-    sizes = {f"AP{size}": at(f"{tag}{size}") for size in "sml"}
+    sizes = {f"AP{size}": at(f"{tag}{size}") for size in "sml"}  # COCO says -1 where no object has that size
     where = {"step": float(step), "epoch": at("epoch"), "images": at("images_seen"), "hours": scalars.hours.get(step)}
     return where | {"AP": ap} | sizes
 
@@ -97,6 +97,10 @@ def drop_epoch(scalars: Scalars) -> float | None:
 def fingerprint_of(folder: Path) -> str | None:
     for place in (folder, folder.parent):
         if (file := place / "environment.json").is_file():
-            found = json.loads(file.read_text()).get("fingerprint")
+            try:
+                found = json.loads(file.read_text())["fingerprint"]
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s does not say which data the run was trained on", file)
+                return None
             return found if isinstance(found, str) else None
     return None

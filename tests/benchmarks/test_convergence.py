@@ -1,10 +1,15 @@
 """The convergence experiment: its plan, and a very small one, trained, stopped, gone on with and recorded for real."""
 
+import gzip
 import json
+import re
+import socket
 import time
 from dataclasses import replace
 
 import pytest
+import torch
+from PIL import Image
 
 from benchmarks import convergence as experiment
 from framework.config import load
@@ -25,15 +30,19 @@ def test_every_model_can_be_built_and_shares_all_that_is_to_be_compared(size, mo
     for key in ("width", "num_queries", "encoder_layers", "decoder_layers", "ffn_width", "dropout", "num_heads"):
         assert getattr(config.model, key) == getattr(base.model, key)
     assert replace(config.model.backbone, dilation=False) == base.model.backbone
+    assert replace(config.loss, class_weight=2.0, auxiliary=True) == base.loss
+    [last] = [stage for name, stage in build_detector(config.model).backbone.named_children() if name == "layer4"]
+    dilated = any(conv.dilation == (2, 2) for conv in last.modules() if isinstance(conv, torch.nn.Conv2d))
+    assert dilated == config.model.backbone.dilation
 
 
 def test_protocol_and_sweep():
     n = CPU.epochs
-    runs = experiment.plan("reported", CPU, 3)
+    runs = experiment.plan("reported", CPU, 3, CPU.chosen)
     of_detr = sorted(run.epochs for run in runs if run.model == "detr-dc5" and run.seed == 1)
     assert of_detr == [n, 2.5 * n, 5 * n, 10 * n]
     assert {run.seed for run in runs} == {1, 2, 3} and len(runs) == 15
-    sweep = experiment.plan("sweep", CPU, 3)
+    sweep = experiment.plan("sweep", CPU, 3, CPU.chosen)
     tried = {model: [run.lr for run in sweep if run.model == model] for model in ("deformable", "detr-dc5")}
     assert len(set(tried["deformable"])) == len(set(tried["detr-dc5"])) == len(sweep) / 2
     assert not {run.seed for run in sweep} & {run.seed for run in runs}
@@ -47,18 +56,35 @@ def test_every_run_has_cores_of_its_own(monkeypatch):
     assert experiment.shares_of_cores(6)[4:] == [{8}, {4}]
 
 
+def test_the_sweep_decides(tmp_path, monkeypatch):
+    """On the rates once it is complete; the learning rates that stand in SIZES are what the recorded one found."""
+    recorded = experiment.Experiment("cpu", record=True)
+    if all(map(recorded.folder, recorded.plan("sweep", 1))):
+        assert recorded.rates() == CPU.chosen
+    monkeypatch.setattr(experiment, "RECORDED", tmp_path)
+    one = experiment.Experiment("cpu", record=True)
+    runs = one.plan("sweep", 1)
+    for i, run in enumerate(runs):
+        assert one.rates() == CPU.chosen or i > 2
+        one.recorded(run).mkdir(parents=True)
+        (one.recorded(run) / "run.json").write_text(json.dumps({"AP": {1e-4: 0.1, 8e-4: 0.3}.get(run.lr, 0.0)}))
+    assert one.rates() == {"detr-dc5": 1e-4, "deformable": 8e-4}
+    assert {run.lr for run in one.plan("more", 1) if run.model == "two-stage"} == {8e-4}
+
+
 def test_names_are_unique():
-    runs = {run for part in experiment.PARTS for run in experiment.plan(part, CPU, 3)}
+    runs = {run for part in experiment.PARTS for run in experiment.plan(part, CPU, 3, CPU.chosen)}
     assert len({run.name for run in runs}) == len(runs)
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """The experiment in an empty folder, with 16 images and schedules of 2 to 20 epochs of 2 steps."""
+    """The experiment in an empty folder, with 16 images and schedules of 1 to 10 epochs of 2 steps."""
     drawn = ("--images", "16", "--val", "4", "--size", "64", "--zoom", "2")
-    monkeypatch.setitem(experiment.SIZES, "cpu", replace(CPU, drawn=drawn, epochs=2, jobs=2))
+    monkeypatch.setitem(experiment.SIZES, "cpu", replace(CPU, drawn=drawn, epochs=1, jobs=2))
     for name in ("configs", "framework", "ops", "data_tools"):
         (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setattr(experiment, "LOOKED_AT", (1,))
     monkeypatch.setattr(experiment, "ROOT", tmp_path)
     monkeypatch.setattr(experiment, "RECORDED", tmp_path / "recorded")
     monkeypatch.chdir(tmp_path)
@@ -66,13 +92,13 @@ def small(tmp_path, monkeypatch):
 
 
 def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
-    plain = ("--parts", "again", "reported", "--seeds", "1", "--record")
+    plain = ("--parts", "again", "reported", "attention", "--seeds", "1", "--record")
     assert experiment.main([*plain, "--minutes", "0"]) == 0
-    assert "not done" in capfd.readouterr().out and not (small / "recorded").exists()
+    assert "not done" in capfd.readouterr().out and not list((small / "recorded").rglob("run.json"))
 
-    again = experiment.plan("again", experiment.SIZES["cpu"], 1)[0]
     one = experiment.Experiment("cpu", record=True)
-    working = one.start(again, one.settings(again), experiment.shares_of_cores(1)[0])
+    again = one.plan("again", 1)[0]
+    working = one.start(again, one.settings(again), experiment.shares_of_cores(2)[0])
     while not list((one.work / again.name).glob("checkpoints/step-*[0-9]/MANIFEST.json")):
         assert working.poll() is None, (one.work / again.name / "output.txt").read_text()
         time.sleep(0.01)
@@ -82,16 +108,26 @@ def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
     assert experiment.main(list(plain)) == 0
     said = capfd.readouterr().out
     assert "resuming from" in (one.work / again.name / "output.txt").read_text()
-    runs = sorted(path.name for path in (small / "recorded" / "cpu").iterdir() if path.is_dir())
-    assert len(runs) == 7 and f"{again.name}: AP" in said
+    assert len(list((small / "recorded" / "cpu").glob("*/run.json"))) == 7 and f"{again.name}: AP" in said
     facts = json.loads((small / "recorded/cpu" / again.name / "run.json").read_text())
-    assert [point["epoch"] for point in facts["points"]] == [1, 2] and str(small) not in json.dumps(facts)
+    assert [point["epoch"] for point in facts["points"]] == [1]
+    for path in (path for path in (small / "recorded").rglob("*") if path.is_file()):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        assert str(small).encode() not in content and socket.gethostname() not in path.name
     tables = json.loads((small / "recorded/cpu/tables.json").read_text())
     assert all(row["equal"] for row in tables["the same seed twice"]["runs"])
     assert len(json.loads((small / "recorded/cpu/convergence.json").read_text())["protocol"]["schedules"]) == 4
+    assert Image.open(small / "recorded/cpu/attention.png").width > 500
 
     assert experiment.main(list(plain)) == 0
     assert "starts" not in capfd.readouterr().out
+
+    with experiment.alone(one.work), pytest.raises(UsageError, match="another process trains"):
+        experiment.main(list(plain))
+    config = small / "recorded/cpu" / again.name / "config.yaml"
+    config.write_text(config.read_text().replace("num_queries: 40", "num_queries: 41"))
+    with pytest.raises(UsageError, match="another configuration: model.num_queries: 41 -> 40"):
+        experiment.main(list(plain))
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(small, monkeypatch, capfd):
@@ -100,7 +136,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(small, monkeypatch, capfd
     monkeypatch.setattr(experiment, "WITHOUT", ("one-level", "one-point"))
     assert experiment.main(["--parts", "without", "--jobs", "1"]) == 1
     said = capfd.readouterr().out
-    assert "model.width" in said and "one-point-2-epochs-lr0.0004-seed1: AP" in said
+    assert "model.width" in said and re.search("one-point-1-epochs-.*: AP", said)
 
 
 def test_bad_arguments(small, monkeypatch):
