@@ -14,19 +14,15 @@ TENFOLD_DATA.
 """
 
 import argparse
-import ctypes
-import fcntl
 import gzip
 import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +38,8 @@ from data_tools.sample import read_manifest
 from framework import convergence
 from framework.config import load
 from framework.errors import FAILED, UsageError, command
+from framework.files import alone_in
+from framework.processes import die_with_parent
 from framework.tracking.console import setup_logging, write_json
 from framework.tracking.curves import read_curve
 from framework.tracking.run_folder import different_keys
@@ -56,7 +54,6 @@ ON_PHOTOGRAPHS = ("data.sizes=[192]", "data.max_size=256", "model.num_queries=60
                   "eval.image_side=null")  # fmt: skip
 SHOWN_LINES = 15  # of the log of a run that failed
 MOST_SEEDS = 10
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -292,7 +289,7 @@ class Experiment:
 
         def prepare() -> None:
             os.sched_setaffinity(0, cores)
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            die_with_parent()
 
         folder = self.work / run.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -420,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
     end = time.monotonic() + 60 * args.minutes
     experiment = Experiment(args.size, args.record)
     fine = True
-    with alone(experiment.work):
+    with alone_in(experiment.work, "end it"):
         # The sweep first: it decides on the learning rates of the others.
         for parts in ([p for p in args.parts if p == "sweep"], [p for p in args.parts if p != "sweep"]):
             runs = [run for part in parts for run in experiment.plan(part, args.seeds)]
@@ -450,20 +447,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: expected at least 1")
     return args
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Raises UsageError while another process trains here."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UsageError(f"{folder}: another process trains its runs; wait for it, or end it") from error
-    finally:
-        os.close(descriptor)
 
 
 def shares_of_cores(jobs: int) -> list[set[int]]:

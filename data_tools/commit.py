@@ -1,44 +1,42 @@
 """Folders that are there as a whole or not at all."""
 
 import contextlib
-import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from framework.errors import UsageError
-from framework.files import sync
+from framework.files import alone_in, sync
+
+log = logging.getLogger("tenfold")
 
 
 @contextlib.contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
+def partial_folder(out: Path, *, resumable: bool = False) -> Iterator[Path]:
     """A folder beside `out` to write into; `commit` turns it into `out`, otherwise it is removed at the end.
+
+    resumable: what an attempt left that was killed, interrupted or met a full disk is still there.
 
     Raises:
         UsageError: another process is writing it.
     """
     partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        _lock(descriptor, partial)
-        remove(*partial.iterdir())  # left by a process that was killed
+    with alone_in(partial, "choose another --out"):
+        if not resumable:
+            remove(*partial.iterdir())
         try:
             yield partial
-        finally:
+        except (OSError, KeyboardInterrupt):
+            if resumable:
+                log.info("what is finished stays in %s; the same command goes on with it", partial)
+            else:
+                remove(partial)
+            raise
+        except BaseException:
             remove(partial)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(f"{folder}: another process is writing it; wait for it, or choose another --out") from error
-    except OSError:  # a file system without locks
-        pass
+            raise
+        remove(partial)
 
 
 def commit(partial: Path, out: Path) -> None:

@@ -3,13 +3,16 @@
     annotations -> checked samples -> each image: read, checked, re-encoded unless JPEG -> shards -> commit
 
 All faults of annotations and images are told at once, and then nothing is written. A folder appears under its
-name when everything in it is on the disk; before, it is `<name>.partial`.
+name when everything in it is on the disk; before, it is `<name>.partial`, where a conversion that was killed goes on.
+The same input gives the same bytes, whatever the number of workers and however often it was killed.
 """
 
 import argparse
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,10 @@ import numpy as np
 from data_tools.annotations import DataSet
 from data_tools.classes import read_names
 from data_tools.coco import read_coco
-from data_tools.commit import commit, is_free, partial_folder
-from data_tools.images import read_image
-from data_tools.sample import MANIFEST, SPLITS, Manifest, read_manifest
-from data_tools.shards import ShardSetWriter
+from data_tools.commit import commit, is_free, partial_folder, remove
+from data_tools.pack import jobs_of, pack_all
+from data_tools.sample import INDEX, MANIFEST, SPLITS, Manifest, read_manifest
+from data_tools.shards import WrittenShard, write_manifest
 from data_tools.voc import read_voc
 from data_tools.yolo import read_yolo
 from framework.errors import InputError, UsageError, command
@@ -66,9 +69,17 @@ def main(argv: list[str] | None = None) -> int:
     refuse_other_classes(sets)
     faults = [fault for data in sets.values() for fault in data.faults]
     total = sum(len(data.samples) for data in sets.values())
-    with partial_folder(out) as folder, progress(total, description="convert") as bar:
+    with partial_folder(out, resumable=True) as folder, progress(total, description="convert") as bar:
+        jobs = {name: jobs_of(folder / name, data.samples, args.images, shard_bytes=args.shard_mib * MIB,
+                              verify=args.verify == "decode", write=not faults)
+                for name, data in sets.items()}  # fmt: skip
+        packed = iter(pack_all([job for one in jobs.values() for job in one], args.workers, bar.update))
         for name, data in sets.items():
-            write_set(folder / name, data, args, faults, bar.update)
+            results = list(islice(packed, len(jobs[name])))
+            faults += [fault for one in results for fault in one.faults]
+            data.repairs.update(sum((one.repairs for one in results), Counter()))
+            if not faults:
+                finish_set(folder / name, data, [one.written for one in results if one.written])
         refuse(faults)
         manifests = {name: read_manifest(folder / name) for name in sets}
         if is_free(out):
@@ -103,7 +114,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="voc: read the XML files listed there only (ImageSets/Main/train.txt)",
     )
-    parser.add_argument("--shard-mib", type=int, default=256, help="most MiB of a shard (256)")
+    parser.add_argument("--shard-mib", type=int, default=256, help="most MiB of a shard, of JPEG images (256)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes, one shard each at a time ({cores})")
     parser.add_argument(
         "--verify", choices=["decode", "none"], default="decode", help="decode every image, or trust it (decode)"
     )
@@ -113,8 +126,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.images.is_dir():
         raise UsageError(f"--images {args.images}: not a folder; expected the one that the file names start from")
-    if args.shard_mib < 1:
-        raise UsageError(f"--shard-mib {args.shard_mib}: expected 1 or more")
+    for name in ("shard_mib", "workers"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
     refuse_other_format(args)
     return args
 
@@ -198,22 +212,12 @@ def refuse(faults: list[str]) -> None:
         raise InputError("\n  ".join([f"{len(faults)} faults, nothing was written:", *shown, *more]))
 
 
-def write_set(
-    folder: Path, data: DataSet, args: argparse.Namespace, faults: list[str], done: Callable[[], Any]
-) -> None:
-    """Check every image; write the set unless there are faults, from before or now, which are added to `faults`."""
-    writer = ShardSetWriter(folder, args.shard_mib * MIB)
-    for sample in data.samples:
-        try:
-            jpeg = read_image(args.images / sample.file_name, sample, args.verify == "decode", data.repairs)
-            if not faults:
-                writer.add(sample, jpeg)
-        except InputError as error:
-            faults.append(str(error))
-        done()
-    if not faults:
-        writer.finish(data.classes, data.repairs)
-        write_json(folder / "report.json", report(data))
+def finish_set(folder: Path, data: DataSet, written: list[WrittenShard]) -> None:
+    """Make a set of its shards; what else lies there, notes and remains of earlier attempts, is removed."""
+    manifest = write_manifest(folder, written, data.classes, data.repairs)
+    write_json(folder / "report.json", report(data))
+    expected = {MANIFEST, INDEX, "report.json", *(shard.name for shard in manifest.shards)}
+    remove(*(path for path in folder.iterdir() if path.name not in expected))
 
 
 def report(data: DataSet) -> dict[str, Any]:

@@ -1,17 +1,21 @@
-"""Writing a shard set: tar files that plain webdataset reads, their index, their manifest."""
+"""Writing a shard set: tar files that plain webdataset reads, their index, their manifest.
+
+sizes -> shard_bounds -> samples of each shard -> write_shard, in any order, anywhere -> write_manifest
+"""
 
 import hashlib
 import io
+import os
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from webdataset import TarWriter
 
 from data_tools.sample import INDEX, INDEX_DTYPE, MANIFEST, Category, Manifest, Sample, Shard
-from framework.files import sha256_of
+from framework.files import sha256_of, sync
 from framework.tracking.console import write_json
 
 HEADER_BYTES = BLOCK_BYTES = 512  # of tar: a member is one header and its data in whole blocks
@@ -22,80 +26,76 @@ def sample_key(image_id: int) -> str:
     return f"{image_id:012d}"
 
 
-class _OpenShard:
-    """A tar file that is being written. Raises OSError."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.samples = path, 0
-        self.file = path.open("wb")
-        # Fixed times and owners: the same samples give the same bytes.
-        self.tar = TarWriter(self.file, encoder=False, mtime=0, user="tenfold", group="tenfold")
-
-    @property
-    def length(self) -> int:
-        return self.tar.tarstream.offset
-
-    def add(self, key: str, jpeg: bytes, text: bytes) -> tuple[int, int]:
-        """Where the data of the two members begins."""
-        image_at = self.length + HEADER_BYTES
-        self.tar.write({"__key__": key, "jpg": jpeg, "json": text})
-        self.samples += 1
-        return image_at, image_at + _padded(len(jpeg)) + HEADER_BYTES
-
-    def close(self) -> Shard:
-        self.tar.close()
-        self.file.close()
-        return Shard(self.path.name, self.samples, self.path.stat().st_size, sha256_of(self.path))
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
 
 
-class ShardSetWriter:
-    """Writes samples in the order of `add`; the same samples give the same bytes.
+def sample_bytes(image_bytes: int, json_bytes: int) -> int:
+    """What a sample takes in a tar file."""
+    return 2 * HEADER_BYTES + _padded(image_bytes) + _padded(json_bytes)
 
-    A shard is closed before it would pass `shard_bytes`; a larger sample gets one of its own. The set is
-    finished, and taken for one by its readers, when `finish` has written the manifest.
-    """
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self._open: _OpenShard | None = None
-        self._shards: list[Shard] = []
-        self._records: list[tuple[int, ...]] = []
+def shard_bounds(sizes: Iterable[int], shard_bytes: int) -> list[range]:
+    """Which samples each shard holds, in their order: it ends before it would pass `shard_bytes`, a larger sample has
+    one of its own. sizes: what `sample_bytes` says, or expects, of each."""
+    bounds: list[range] = []
+    start = number = length = 0
+    for number, size in enumerate(sizes):
+        if length and length + size > shard_bytes:
+            bounds.append(range(start, number))
+            start, length = number, 0
+        length += size
+    return [*bounds, range(start, number + 1)] if length else bounds
 
-    def add(self, sample: Sample, jpeg: bytes) -> None:
-        text = sample.to_json()
-        shard = self._shard_for(2 * HEADER_BYTES + _padded(len(jpeg)) + _padded(len(text)))
-        image_at, json_at = shard.add(sample_key(sample.image_id), jpeg, text)
-        self._records.append(
-            (sample.image_id, len(self._shards), sample.width, sample.height, len(sample.labels))
-            + (image_at, len(jpeg), zlib.crc32(jpeg), json_at, len(text), zlib.crc32(text))
-        )
 
-    def _shard_for(self, size: int) -> _OpenShard:
-        if self._open is not None and self._open.length + size > self.shard_bytes:
-            self._close_shard()
-        if self._open is None:
-            self._open = _OpenShard(self.folder / f"shard-{len(self._shards):06d}.tar")
-        return self._open
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard, and the index's records of its samples: INDEX_DTYPE without the number of the shard."""
 
-    def _close_shard(self) -> None:
-        if self._open is not None:
-            self._shards.append(self._open.close())
-            self._open = None
+    shard: Shard
+    records: list[tuple[int, ...]]
 
-    def finish(self, classes: list[Category], repairs: Mapping[str, int]) -> Manifest:
-        """Close the last shard, write index and manifest."""
-        self._close_shard()
-        index = np.array(self._records, dtype=INDEX_DTYPE)
-        buffer = io.BytesIO()
-        np.save(buffer, index)
-        (self.folder / INDEX).write_bytes(buffer.getvalue())
-        index_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
-        boxes = int(index["boxes"].sum())
-        manifest = Manifest(classes, self._shards, len(index), boxes, index_sha256, dict(sorted(repairs.items())))
-        manifest = replace(manifest, fingerprint=manifest.computed_fingerprint())
-        write_json(self.folder / MANIFEST, asdict(manifest))
-        return manifest
+
+def write_shard(folder: Path, number: int, samples: Iterable[tuple[Sample, bytes]]) -> WrittenShard:
+    """Write samples and their JPEG bytes; the same samples give the same bytes. The file has its name when all of it
+    is on the disk. Raises OSError."""
+    path = folder / shard_name(number)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    records: list[tuple[int, ...]] = []
+    with unfinished.open("wb") as file:
+        # Fixed times and owners: nothing but the samples decides on the bytes.
+        tar = TarWriter(file, encoder=False, mtime=0, user="tenfold", group="tenfold")
+        for sample, jpeg in samples:
+            text = sample.to_json()
+            image_at = tar.tarstream.offset + HEADER_BYTES
+            json_at = image_at + _padded(len(jpeg)) + HEADER_BYTES
+            tar.write({"__key__": sample_key(sample.image_id), "jpg": jpeg, "json": text})
+            records.append(
+                (sample.image_id, sample.width, sample.height, len(sample.labels))
+                + (image_at, len(jpeg), zlib.crc32(jpeg), json_at, len(text), zlib.crc32(text))
+            )
+        tar.close()
+    shard = Shard(path.name, len(records), unfinished.stat().st_size, sha256_of(unfinished))
+    sync(unfinished)
+    os.replace(unfinished, path)
+    return WrittenShard(shard, records)
+
+
+def write_manifest(
+    folder: Path, written: Sequence[WrittenShard], classes: list[Category], repairs: Mapping[str, int]
+) -> Manifest:
+    """Write the index, and last the manifest, which makes a set of the shards: `written`, in their order."""
+    numbered = ((image_id, number, *rest) for number, one in enumerate(written) for image_id, *rest in one.records)
+    index = np.array(list(numbered), dtype=INDEX_DTYPE)
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    (folder / INDEX).write_bytes(buffer.getvalue())
+    index_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    shards, boxes = [one.shard for one in written], int(index["boxes"].sum())
+    manifest = Manifest(classes, shards, len(index), boxes, index_sha256, dict(sorted(repairs.items())))
+    manifest = replace(manifest, fingerprint=manifest.computed_fingerprint())
+    write_json(folder / MANIFEST, asdict(manifest))
+    return manifest
 
 
 def _padded(length: int) -> int:

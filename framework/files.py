@@ -1,8 +1,13 @@
 """What several parts do with files: name their content, and bring them to the disk."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from framework.errors import UsageError
 
 
 def sha256_of(path: Path) -> str:
@@ -15,5 +20,26 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, advice: str) -> Iterator[None]:
+    """Holds the folder, which is made if need be, against other processes; on a file system without locks, does not.
+
+    Raises:
+        UsageError: another process holds it; ends with the advice.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{folder}: another process is writing it; wait for it, or {advice}") from error
+        except OSError:
+            pass
+        yield
     finally:
         os.close(descriptor)

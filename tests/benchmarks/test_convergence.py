@@ -14,6 +14,7 @@ from PIL import Image
 from benchmarks import convergence as experiment
 from framework.config import load
 from framework.errors import UsageError
+from framework.files import alone_in
 from framework.models.build import build_detector
 from tests.paths import REPOSITORY as ROOT
 
@@ -122,7 +123,7 @@ def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
     assert experiment.main(list(plain)) == 0
     assert "starts" not in capfd.readouterr().out
 
-    with experiment.alone(one.work), pytest.raises(UsageError, match="another process trains"):
+    with alone_in(one.work, ""), pytest.raises(UsageError, match="another process is writing it"):
         experiment.main(list(plain))
     config = small / "recorded/cpu" / again.name / "config.yaml"
     config.write_text(config.read_text().replace("num_queries: 40", "num_queries: 41"))

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.sample import INDEX, MANIFEST, Category, Manifest, Sample, read_manifest
-from data_tools.shards import ShardSetWriter
+from data_tools.shards import sample_bytes, shard_bounds, write_manifest, write_shard
 
 CLASSES = [Category("fish", 3), Category("starfish", 7), Category("stingray", 90)]
 
@@ -44,10 +44,11 @@ def make_sample(image_id: int, boxes: int = 2, height: int = 60, width: int = 80
 def write_shards(
     folder: Path, samples: list[tuple[bytes, Sample]], shard_bytes: int = 30_000, classes: list[Category] = CLASSES
 ) -> Path:
-    writer = ShardSetWriter(folder, shard_bytes)
-    for image, sample in samples:
-        writer.add(sample, image)
-    writer.finish(classes, {})
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = [sample_bytes(len(image), len(sample.to_json())) for image, sample in samples]
+    bounds = shard_bounds(sizes, shard_bytes)
+    written = [write_shard(folder, n, ((samples[i][1], samples[i][0]) for i in one)) for n, one in enumerate(bounds)]
+    write_manifest(folder, written, classes, {})
     return folder
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from data_tools import check, convert
 from data_tools.sample import INDEX, MANIFEST, Category, Sample, read_index, read_manifest
-from data_tools.shards import ShardSetWriter
 from framework.errors import InputError, UsageError
 from framework.files import sha256_of
+from tests.data.shards import write_shards
 from tests.data_tools.sets import SIZES_WH, arguments, write_set
 
 CLASSES = [Category("fish", 3), Category("starfish", 7)]
@@ -140,10 +140,9 @@ def test_bad_annotations_are_found(tmp_path, capsys, values, message):
         image_id=1, file_name="a", width=width, height=height, boxes_xyxy_px=[[1.0, 1.0, 5.0, 5.0]], labels=[0],
         category_ids=[3], areas=[16.0], iscrowd=[0], annotation_ids=[1], segmentation=[[]],
     )  # fmt: skip
-    writer, jpeg = ShardSetWriter(tmp_path / "out", 2**20), (source / "images" / "photo.0.jpg").read_bytes()
-    writer.add(sound, jpeg)
-    writer.add(replace(sound, **({"image_id": 2, "annotation_ids": [2]} | values)), jpeg)
-    writer.finish(CLASSES, {})
+    jpeg = (source / "images" / "photo.0.jpg").read_bytes()
+    other = replace(sound, **({"image_id": 2, "annotation_ids": [2]} | values))
+    write_shards(tmp_path / "out", [(jpeg, sound), (jpeg, other)], classes=CLASSES)
     found = faults(tmp_path / "out", capsys)
     assert all("image 2 at offset" in fault for fault in found)
     assert any(message in fault for fault in found)
@@ -162,8 +161,7 @@ def test_an_unfinished_split_is_found(shards, tmp_path, capsys, broken):
 
 
 def test_splits_of_other_classes_are_found(shards, tmp_path, capsys):
-    writer = ShardSetWriter(tmp_path / "both" / "val", 2**20)
-    writer.finish(CLASSES, {})
+    write_shards(tmp_path / "both" / "val", [], classes=CLASSES)
     os.rename(shards, tmp_path / "both" / "train")
     (fault,) = faults(tmp_path / "both", capsys)
     assert "its classes differ" in fault

@@ -1,5 +1,6 @@
 """What goes in comes out again through plain webdataset; what is wrong is told in one line; all or nothing."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -13,7 +14,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_tools import check, convert
+from data_tools import check, convert, pack, shards
 from data_tools.commit import partial_folder
 from data_tools.sample import Category, Sample, read_manifest
 from framework.errors import InputError, UsageError
@@ -308,20 +309,20 @@ def test_a_folder_of_something_else_is_refused(source, tmp_path):
         convert.main(arguments(source, tmp_path / "out"))
 
 
-def killed_in(name, source, out):
-    """Run a conversion that is killed, as by kill -9, where it calls `name` for the second time or the last."""
+def killed_in(module, name, call, *arguments):
+    """Run a conversion that is killed, as by kill -9, where it calls `name` for the `call`th time."""
 
     def run():
-        function, calls = getattr(convert, name), []
+        function, calls = getattr(module, name), []
 
         def deadly(*args):
             calls.append(name)
-            if name == "commit" or len(calls) == 2:
+            if len(calls) == call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args)
 
-        setattr(convert, name, deadly)
-        convert.main(arguments(source, out))
+        setattr(module, name, deadly)
+        convert.main(list(arguments))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -329,26 +330,131 @@ def killed_in(name, source, out):
     return process.exitcode
 
 
-@pytest.mark.parametrize("name", ["read_image", "commit"])
-def test_a_killed_conversion_leaves_nothing_that_passes_for_a_set(name, source, tmp_path):
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [(pack, "read_image", 2), (pack, "_write_note", 2), (pack, "_write_note", 3), (shards, "sync", 2),
+     (convert, "write_manifest", 1), (convert, "remove", 1), (convert, "commit", 1)],
+)  # fmt: skip
+def test_a_killed_conversion_goes_on(module, name, call, source, tmp_path, monkeypatch):
+    """Nothing that passes for a set is there before, and the bytes are the undisturbed ones after."""
+    monkeypatch.setattr(convert, "MIB", 4096)  # bytes: a shard for each image
     out = tmp_path / "out"
-    assert killed_in(name, source, out) == -signal.SIGKILL
+    asked = arguments(source, out, "--shard-mib", "1", "--workers", "1")
+    assert killed_in(module, name, call, *asked) == -signal.SIGKILL
     assert not out.exists()
     assert (tmp_path / "out.partial").is_dir()
-    (tmp_path / "out.partial" / "old").mkdir()
-    convert.main(arguments(source, tmp_path / "undisturbed"))
-    assert content(converted(source, tmp_path)) == content(tmp_path / "undisturbed")
+    (tmp_path / "out.partial" / "old.tmp").write_text("left by something else")
+    finished = {path.name for path in (tmp_path / "out.partial").glob("*.tar.json")}
+    assert len(finished) == {"read_image": 1, "_write_note": call - 1, "sync": 1}.get(
+        name, 0 if name == "commit" else 4
+    )
+    written = []
+    write = pack.write_shard
+    monkeypatch.setattr(pack, "write_shard", lambda *args: written.append(args[1]) or write(*args))
+    if name == "commit":
+        (tmp_path / "out.partial" / "shard-000000.tar").write_bytes(b"damaged by the crash")
+    assert convert.main(asked) == 0
+    assert len(written) == (4 if name == "commit" else 4 - len(finished))
+    convert.main(arguments(source, tmp_path / "undisturbed", "--shard-mib", "1"))
+    assert content(out) == content(tmp_path / "undisturbed")
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_an_interrupted_conversion_cleans_up(source, tmp_path, monkeypatch):
+def test_what_changed_meanwhile_is_converted_again(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "MIB", 4096)
+    asked = arguments(source, tmp_path / "out", "--shard-mib", "1", "--workers", "1")
+    assert killed_in(convert, "write_manifest", 1, *asked) == -signal.SIGKILL
+    note = tmp_path / "out.partial" / "shard-000003.tar.json"
+    note.write_text(note.read_text()[:-9])  # and one that a crash cut off
+    pixels(*SIZES_WH[1], seed=99).save(source / "images" / "photo.1.jpg")
+    written = []
+    write = pack.write_shard
+    monkeypatch.setattr(pack, "write_shard", lambda *args: written.append(args[1]) or write(*args))
+    assert convert.main(asked) == 0 and check.main([str(tmp_path / "out")]) == 0
+    assert written == [1, 3]
+    assert [jpeg for jpeg, _ in samples(tmp_path / "out")][1] == (source / "images" / "photo.1.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_workers_change_no_byte(workers, source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(convert, "MIB", 4096)
+    pixels(*SIZES_WH[2]).convert("L").save(source / "images" / "photo.2.jpg")  # a repair, counted in a worker
+    for out, count in (("one", 1), ("many", workers)):
+        assert convert.main(arguments(source, tmp_path / out, "--shard-mib", "1", "--workers", str(count))) == 0
+    assert content(tmp_path / "one") == content(tmp_path / "many")
+    assert read_manifest(tmp_path / "many").repairs == {"greyscale JPEG to be read as RGB": 1}
+    for n in (0, 3):
+        (source / "images" / f"photo.{n}.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match="2 faults, nothing was written") as error:
+        convert.main(arguments(source, tmp_path / "bad", "--shard-mib", "1", "--workers", str(workers)))
+    assert str(error.value).index("photo.0.jpg") < str(error.value).index("photo.3.jpg")
+    assert not (tmp_path / "bad").exists() and not (tmp_path / "bad.partial").exists()
+
+
+def test_a_killed_worker_is_told_and_its_command_goes_on(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "MIB", 4096)
+    asked = arguments(source, tmp_path / "out", "--shard-mib", "1", "--workers", "2")
+    read = pack.read_image
+
+    def deadly(path, *args):
+        if path.name == "photo.2.jpg":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path, *args)
+
+    monkeypatch.setattr(pack, "read_image", deadly)
+    with pytest.raises(ChildProcessError, match="a process that reads images was killed"):
+        convert.main(asked)
+    assert (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
+    monkeypatch.setattr(pack, "read_image", read)
+    assert convert.main(asked) == 0 and check.main([str(tmp_path / "out")]) == 0
+
+
+def test_workers_do_not_outlive_a_killed_conversion(source, tmp_path):
+    """They would write into the folder of the command that goes on."""
+    code = (
+        "import os, sys, time\nfrom data_tools import convert, pack\nconvert.MIB = 4096\n"
+        "read = pack.read_image\n"
+        "def slow(*args):\n    os.write(1, b'reading\\n')\n    time.sleep(60)\n    return read(*args)\n"
+        "pack.read_image = slow\nconvert.main(sys.argv[1:])"
+    )
+    asked = arguments(source, tmp_path / "out", "--shard-mib", "1", "--workers", "2")
+    process = subprocess.Popen([sys.executable, "-c", code, *asked], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "reading\n"
+    process.kill()
+    process.wait()
+    assert process.stdout.read().count("reading") <= 1  # ends only when the workers, who hold it too, are gone
+
+
+def test_a_full_disk_loses_nothing(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(convert, "MIB", 4096)
+    asked = arguments(source, tmp_path / "out", "--shard-mib", "1", "--workers", "1")
+    write = pack.write_shard
+
+    def full(folder, number, images):
+        if number == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(folder, number, images)
+
+    monkeypatch.setattr(pack, "write_shard", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*out.partial/shard-000002.tar'"):
+        convert.main(asked)
+    assert "stays in" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert len(list((tmp_path / "out.partial").glob("*.tar"))) == 2
+    monkeypatch.setattr(pack, "write_shard", write)
+    assert convert.main(asked) == 0 and check.main([str(tmp_path / "out")]) == 0
+
+
+def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "read_image", interrupt)
+    monkeypatch.setattr(pack, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert.main(arguments(source, tmp_path / "out"))
-    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out.partial"}
+    monkeypatch.undo()
+    assert convert.main(arguments(source, tmp_path / "out")) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
 def test_two_conversions_do_not_share_a_folder(source, tmp_path):
