@@ -96,7 +96,7 @@ class Size:
 SIZES = {
     "cpu": Size(
         drawn=("--images", "1000", "--val", "200", "--size", "128", "--zoom", "2"),
-        epochs=10, rates={"detr-dc5": (1e-4, 2e-4, 5e-5), "deformable": (4e-4, 2e-4, 8e-4)},
+        epochs=10, rates={"detr-dc5": (1e-4, 2e-4, 4e-4), "deformable": (4e-4, 2e-4, 8e-4)},
         chosen={"deformable": 4e-4, "detr-dc5": 2e-4}, jobs=len(os.sched_getaffinity(0)),
     ),
     "gpu": Size(

@@ -16,6 +16,8 @@ COMMANDS = [
     "data_tools.synth",
     "data_tools.convert",
     "data_tools.check",
+    "data_tools.index",
+    "framework.convergence",
 ]
 
 
