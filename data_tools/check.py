@@ -6,7 +6,6 @@ manifest -> index -> each shard: size, sha256, members -> each sample: crc32, JS
 import argparse
 import io
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +27,7 @@ from data_tools.sample import (
     samples_per_shard,
 )
 from framework.errors import FAILED, InputError, UsageError, command
-from framework.files import sha256_of
+from framework.files import crc32, sha256_of
 from framework.tracking.console import progress, setup_logging
 
 EXAMPLE = """example:
@@ -177,7 +176,7 @@ def member_bytes(file: BinaryIO, record: np.void, kind: str) -> bytes | None:
         return None
     file.seek(int(record[f"{kind}_offset"]))
     data = file.read(int(record[f"{kind}_length"]))
-    return data if zlib.crc32(data) == record[f"{kind}_crc32"] else None
+    return data if crc32(data) == record[f"{kind}_crc32"] else None
 
 
 def image_faults(data: bytes, record: np.void) -> Iterator[str]:

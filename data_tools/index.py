@@ -7,7 +7,6 @@ import argparse
 import json
 import re
 import tarfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from data_tools.convert import refuse
 from data_tools.sample import INDEX_DTYPE, MANIFEST, Category, Sample, Shard
 from data_tools.shards import WrittenShard, write_manifest
 from framework.errors import InputError, UsageError, command
-from framework.files import alone_in, sha256_of
+from framework.files import alone_in, crc32, sha256_of
 from framework.tracking.console import progress, setup_logging
 
 EXAMPLE = """example:
@@ -128,8 +127,8 @@ def read_shard(
                 continue
             record = (
                 (sample.image_id, sample.width, sample.height, len(sample.labels))
-                + (pair.image.offset_data, len(image), zlib.crc32(image))
-                + (pair.text.offset_data, len(text), zlib.crc32(text))
+                + (pair.image.offset_data, len(image), crc32(image))
+                + (pair.text.offset_data, len(text), crc32(text))
             )
             one: Any = np.array([(record[0], 0, *record[1:])], dtype=INDEX_DTYPE)[0]
             wrong = [*image_faults(image, one), *json_faults(text, one, classes, annotation_ids)]

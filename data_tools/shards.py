@@ -6,7 +6,6 @@ sizes -> shard_bounds -> samples of each shard -> write_shard, in any order, any
 import hashlib
 import io
 import os
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from webdataset import TarWriter
 
 from data_tools.sample import INDEX, INDEX_DTYPE, MANIFEST, Category, Manifest, Sample, Shard
-from framework.files import sha256_of, sync
+from framework.files import crc32, sha256_of, sync
 from framework.tracking.console import write_json
 
 HEADER_BYTES = BLOCK_BYTES = 512  # of tar: a member is one header and its data in whole blocks
@@ -72,7 +71,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[tuple[Sample, bytes
             tar.write({"__key__": sample_key(sample.image_id), "jpg": jpeg, "json": text})
             records.append(
                 (sample.image_id, sample.width, sample.height, len(sample.labels))
-                + (image_at, len(jpeg), zlib.crc32(jpeg), json_at, len(text), zlib.crc32(text))
+                + (image_at, len(jpeg), crc32(jpeg), json_at, len(text), crc32(text))
             )
         tar.close()
     shard = Shard(path.name, len(records), unfinished.stat().st_size, sha256_of(unfinished))

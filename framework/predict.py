@@ -97,7 +97,7 @@ def detect(
 ) -> list[dict[str, Any]]:
     """COCO results of one image with at least `min_score`, most certain first; resized as in evaluation."""
     data = trained.config.data
-    batch = collate([evaluation_example(image, image_id, data.sizes, data.max_size)])
+    batch = collate([evaluation_example(image, image_id, data.sizes, data.max_size, data.backend)])
     with autocast(trained.config.engine, device):
         predictions = trained.model(*batch.inputs(device))
     (found,) = top_detections(predictions, batch.original_sizes_hw, trained.config.model.classification, limit)

@@ -66,13 +66,14 @@ class Targets:
 class Batch:
     """A micro-batch.
 
-    images_B3HW: uint8, each image in the upper left corner, zeros beside and below it.
+    images_BHW3: uint8, each image in the upper left corner, zeros beside and below it; channels last, as decoders and
+        resizers leave them: the device moves them first, for less than a worker would take.
     sizes_hw: of the images after augmentation, without padding. original_sizes_hw: of the files.
     image_ids: -1 for the slots that fill up the tail of an epoch.
     bad: one message for each masked slot that a damaged sample caused.
     """
 
-    images_B3HW: Tensor
+    images_BHW3: Tensor
     sizes_hw: list[tuple[int, int]]
     original_sizes_hw: list[tuple[int, int]]
     image_ids: list[int]
@@ -81,7 +82,8 @@ class Batch:
 
     def inputs(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """What the model takes: normalised float32 images, zero on padding; bool mask, True on padding."""
-        images = self.images_B3HW.to(device, non_blocking=True).float().div_(255)
+        images = self.images_BHW3.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         mask = padding_mask(self.sizes_hw, images.shape[-2:]).to(device, non_blocking=True)
         return images.sub_(mean).div_(std).masked_fill_(mask[:, None], 0.0), mask
@@ -99,9 +101,9 @@ def collate(examples: list[Example]) -> Batch:
     """Pad to the largest image of the micro-batch and put all boxes into one tensor."""
     sizes_hw = [(example.image_HW3.shape[0], example.image_HW3.shape[1]) for example in examples]
     height, width = (max(side) for side in zip(*sizes_hw, strict=True))
-    images_B3HW = np.zeros((len(examples), 3, height, width), dtype=np.uint8)
-    for image_3HW, example, (h, w) in zip(images_B3HW, examples, sizes_hw, strict=True):
-        image_3HW[:, :h, :w] = example.image_HW3.transpose(2, 0, 1)
+    images_BHW3 = np.zeros((len(examples), height, width, 3), dtype=np.uint8)
+    for image_HW3, example, (h, w) in zip(images_BHW3, examples, sizes_hw, strict=True):
+        image_HW3[:h, :w] = example.image_HW3
     targets = Targets(
         labels_N=torch.from_numpy(np.concatenate([e.labels_N for e in examples])),
         boxes_cxcywh_N4=torch.from_numpy(np.concatenate([e.boxes_cxcywh_N4 for e in examples])),
@@ -109,7 +111,7 @@ def collate(examples: list[Example]) -> Batch:
         valid_B=torch.tensor([e.valid for e in examples]),
     )
     return Batch(
-        torch.from_numpy(images_B3HW),
+        torch.from_numpy(images_BHW3),
         sizes_hw,
         [e.original_size_hw for e in examples],
         [e.image_id for e in examples],

@@ -37,7 +37,7 @@ from framework.data.order import (
     uniform_draws,
 )
 from framework.data.source import BadSample, IndexedSource
-from framework.data.transforms import Geometry, augment, evaluation_geometry, training_geometry
+from framework.data.transforms import Backend, Geometry, augment, evaluation_geometry, training_geometry
 from framework.errors import InputError, UsageError
 
 Labels = Literal["contiguous", "category_id"]
@@ -55,6 +55,7 @@ class DataConfig:
     workers: processes of each rank that read and decode; 0: the training process does it.
     max_bad: so many unusable samples are masked and logged; one more fails the run.
     sizes, max_size: short sides to choose from, bound on the long side.
+    backend: fast (simplejpeg, cv2, torch) or pillow, as published to the last bit; they differ by up to 2 grey levels.
     crop_resize, crop_sizes: half of the images are resized to one of these short sides and cropped, each
         side to between the least and the largest; crop_resize [] turns this off.
     """
@@ -66,6 +67,7 @@ class DataConfig:
     tail: Tail = "drop"
     workers: int = 2
     max_bad: int = 0
+    backend: Backend = "fast"
     sizes: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))
     max_size: int = 1333
     crop_resize: list[int] = field(default_factory=lambda: [400, 500, 600])
@@ -75,7 +77,7 @@ class DataConfig:
         def refuse(keys: str, found: object, expected: str) -> None:
             raise UsageError(f"{keys}: found {found}; expected {expected}")
 
-        for key, choices in (("labels", Labels), ("order", Order), ("tail", Tail)):
+        for key, choices in (("labels", Labels), ("order", Order), ("tail", Tail), ("backend", Backend)):
             if getattr(self, key) not in get_args(choices):
                 refuse(f"data.{key}", getattr(self, key), " or ".join(get_args(choices)))
         for key in ("workers", "max_bad"):
@@ -253,7 +255,7 @@ def _load(
     stages = DataPipeline(
         partial(_plan, plan),
         partial(_read, source),
-        partial(_augment, source, geometry_of, config.labels),
+        partial(_augment, source, geometry_of, config.labels, config.backend),
         _collate,
     )
     loader = WebLoader(
@@ -292,13 +294,14 @@ def _augment(
     source: IndexedSource,
     geometry_of: Callable[[Sample], Geometry],
     labels: str,
+    backend: Backend,
     micro_batches: Iterable[list[Encoded | Example]],
 ) -> Iterator[list[Example]]:
     def one(slot: Encoded | Example) -> Example:
         if isinstance(slot, Example):
             return slot
         try:
-            return augment(slot.image, slot.sample, geometry_of, labels)
+            return augment(slot.image, slot.sample, geometry_of, labels, backend)
         except InputError as error:
             message = str(source.bad(slot.place, str(error)))
             return masked_example(source.image_id(slot.place), source.size_hw(slot.place), message)

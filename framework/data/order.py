@@ -102,8 +102,17 @@ def hash_64(values: np.ndarray, *key: int) -> np.ndarray:
 
 def uniform_draws(count: int, seed: int, epoch: int, image_id: int) -> list[float]:
     """`count` numbers in [0, 1) for the augmentation of one image in one epoch."""
-    bits = hash_64(np.arange(count, dtype=np.uint64), seed, epoch, _PIXELS, image_id)
-    return ((bits >> np.uint64(11)) * 2.0**-53).tolist()
+    state = 0
+    for part in (seed, epoch, _PIXELS, image_id):
+        state = _mix_one((state + part + _GAMMA) & _LOW_64)
+    return [(_mix_one((value * _GAMMA + state) & _LOW_64) >> 11) * 2.0**-53 for value in range(count)]
+
+
+def _mix_one(z: int) -> int:
+    """`_mix` of one number: for a few of them, Python's integers are faster than arrays."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _LOW_64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _LOW_64
+    return z ^ (z >> 31)
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

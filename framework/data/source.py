@@ -6,14 +6,13 @@ file names inside the folder) and the index says where in them a sample lies.
 
 import os
 import weakref
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.sample import INDEX, Manifest, Sample, is_class, read_index, read_manifest, samples_per_shard
 from framework.errors import InputError
-from framework.files import sha256_of
+from framework.files import crc32, sha256_of
 
 MAX_OPEN_FILES = 128  # a set may have more shards than a process may have files
 AGAIN = "copy the set again, or convert the data again"
@@ -81,7 +80,7 @@ class IndexedSource:
             data = os.pread(self._file(int(record["shard"])), length, offset)
         except OSError as error:
             raise self.bad(i, f"cannot be read ({error.strerror})", member) from error
-        if zlib.crc32(data) != record[f"{member}_crc32"]:
+        if crc32(data) != record[f"{member}_crc32"]:
             raise self.bad(i, f"the {member} bytes do not have the crc32 of the index", member)
         return data
 

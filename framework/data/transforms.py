@@ -3,23 +3,34 @@
 The geometry is drawn from numbers and the image's size alone, before a pixel is touched: whatever warps the
 pixels, the boxes are the same.
 
-Sizes are (height, width). Pillow's BILINEAR filters when it shrinks, as the published pipeline does; EXIF
-rotation is ignored, as there: COCO's boxes lie on the unrotated pixels.
+Sizes are (height, width). Pillow's BILINEAR, which filters when it shrinks, is the published resize and the exact
+backend. The fast one decodes JPEG by simplejpeg, to the same bits; enlarges by cv2 and shrinks by torch, which filters
+too, each within a grey level of Pillow, two in the crop branch that resizes twice. EXIF rotation is ignored, as
+published: COCO's boxes lie on the unrotated pixels.
 """
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import cv2
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from data_tools.pixels import to_8_bit
 from data_tools.sample import Sample
-from framework.boxes import xyxy_to_cxcywh
 from framework.data.batch import Example
 from framework.errors import InputError
+
+Backend = Literal["fast", "pillow"]
+
+JPEG_MAGIC = b"\xff\xd8\xff"
+
+cv2.setNumThreads(0)  # the loader's workers are what runs in parallel
 
 # The published crop branch has no bound on the long side. No COCO image reaches this one; without it a strip
 # of pixels would be enlarged to gigabytes.
@@ -93,17 +104,31 @@ def _integer(draw: float, low: int, high: int) -> int:
     return low + int(draw * (high - low + 1))
 
 
-def warp_image(image: Image.Image, geometry: Geometry) -> Image.Image:
+def warp_image(image_HW3: np.ndarray, geometry: Geometry, backend: Backend = "fast") -> np.ndarray:
+    """uint8 RGB to uint8 RGB."""
+    resize = _resize_fast if backend == "fast" else _resize_exactly
     if geometry.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image_HW3 = cv2.flip(image_HW3, 1)
     if geometry.crop_tlhw is not None:
         top, left, height, width = geometry.crop_tlhw
-        image = _resize(image, geometry.before_crop_hw).crop((left, top, left + width, top + height))
-    return _resize(image, geometry.size_hw)
+        image_HW3 = resize(image_HW3, geometry.before_crop_hw)[top : top + height, left : left + width]
+    return resize(image_HW3, geometry.size_hw)
 
 
-def _resize(image: Image.Image, size_hw: tuple[int, int]) -> Image.Image:
-    return image.resize(size_hw[::-1], Image.Resampling.BILINEAR)
+def _resize_exactly(image_HW3: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(image_HW3).resize(size_hw[::-1], Image.Resampling.BILINEAR))
+
+
+def _resize_fast(image_HW3: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    height, width = image_HW3.shape[:2]
+    if size_hw == (height, width):
+        return image_HW3
+    if size_hw[0] >= height and size_hw[1] >= width:
+        return cv2.resize(image_HW3, size_hw[::-1], interpolation=cv2.INTER_LINEAR)
+    # cv2 does not filter when it shrinks by INTER_LINEAR, and its INTER_AREA is another filter than Pillow's.
+    image_13HW = torch.from_numpy(np.require(image_HW3, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    shrunk_13HW = torch.nn.functional.interpolate(image_13HW, size_hw, mode="bilinear", antialias=True)
+    return shrunk_13HW[0].permute(1, 2, 0).numpy()
 
 
 def warp_boxes(
@@ -126,8 +151,20 @@ def _scale(from_hw: tuple[int, int], to_hw: tuple[int, int]) -> np.ndarray:
     return np.array([to_hw[1] / from_hw[1], to_hw[0] / from_hw[0]] * 2)
 
 
+def decode_rgb(data: bytes, backend: Backend = "fast") -> np.ndarray:
+    """Any image file as uint8 RGB (H, W, 3), the same bits by either backend. Raises InputError."""
+    if backend == "fast" and data[:3] == JPEG_MAGIC:
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
+                return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        except ValueError:
+            pass  # damaged, or of a kind that it does not take: Pillow decides, and says what is wrong
+    return np.asarray(decode(data))
+
+
 def decode(data: bytes) -> Image.Image:
-    """Any image file as 8-bit RGB. Raises InputError."""
+    """Any image file as 8-bit RGB, by Pillow. Raises InputError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
@@ -138,7 +175,9 @@ def decode(data: bytes) -> Image.Image:
         raise InputError(f"not a readable image ({type(error).__name__}: {error})") from error
 
 
-def augment(data: bytes, sample: Sample, geometry_of: Callable[[Sample], Geometry], labels: str) -> Example:
+def augment(
+    data: bytes, sample: Sample, geometry_of: Callable[[Sample], Geometry], labels: str, backend: Backend = "fast"
+) -> Example:
     """An encoded image and its annotations as an Example: crowds are left out, and boxes with no area left.
 
     Args:
@@ -147,29 +186,32 @@ def augment(data: bytes, sample: Sample, geometry_of: Callable[[Sample], Geometr
     Raises:
         InputError: not an image, not of the size that its annotations were made for, or no numbers in them.
     """
-    image = decode(data)
-    if image.size != (sample.width, sample.height):
+    image_HW3 = decode_rgb(data, backend)
+    height, width = image_HW3.shape[:2]
+    if (height, width) != (sample.height, sample.width):
         raise InputError(
-            f"the image is {image.width} x {image.height} pixels, "
-            f"its annotations are for {sample.width} x {sample.height}"
+            f"the image is {width} x {height} pixels, its annotations are for {sample.width} x {sample.height}"
         )
-    size_hw, geometry = (sample.height, sample.width), geometry_of(sample)
+    geometry = geometry_of(sample)
+    boxes_cxcywh_N4, labels_N = warped_annotations(sample, labels, geometry)
+    pixels_HW3 = warp_image(image_HW3, geometry, backend)
+    return Example(pixels_HW3, sample.image_id, (height, width), boxes_cxcywh_N4, labels_N)
+
+
+def warped_annotations(sample: Sample, labels: str, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes as fractions of the warped image (cxcywh, float32) and their labels (int64). Raises InputError."""
     boxes_xyxy_px_N4, labels_N = _annotations(sample, labels)
-    boxes_xyxy_px_N4, keep_N = warp_boxes(boxes_xyxy_px_N4, size_hw, geometry)
-    return Example(
-        np.asarray(warp_image(image, geometry)),
-        sample.image_id,
-        size_hw,
-        _fractions(boxes_xyxy_px_N4[keep_N], geometry.size_hw),
-        labels_N[keep_N],
-    )
+    boxes_xyxy_px_N4, keep_N = warp_boxes(boxes_xyxy_px_N4, (sample.height, sample.width), geometry)
+    return _fractions(boxes_xyxy_px_N4[keep_N], geometry.size_hw), labels_N[keep_N]
 
 
-def evaluation_example(image: Image.Image, image_id: int, sizes: Sequence[int], max_size: int) -> Example:
-    """An image without annotations, resized as for evaluation."""
+def evaluation_example(
+    image: Image.Image, image_id: int, sizes: Sequence[int], max_size: int, backend: Backend = "fast"
+) -> Example:
+    """An RGB image without annotations, resized as for evaluation."""
     size_hw = (image.height, image.width)
-    resized = warp_image(image, evaluation_geometry(size_hw, max(sizes), max_size))
-    return Example(np.asarray(resized), image_id, size_hw)
+    geometry = evaluation_geometry(size_hw, max(sizes), max_size)
+    return Example(warp_image(np.asarray(image), geometry, backend), image_id, size_hw)
 
 
 def _annotations(sample: Sample, labels: str) -> tuple[np.ndarray, np.ndarray]:
@@ -184,4 +226,5 @@ def _annotations(sample: Sample, labels: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _fractions(boxes_xyxy_px_N4: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     """cxcywh, float32, as fractions of the image."""
-    return xyxy_to_cxcywh(torch.from_numpy(boxes_xyxy_px_N4 * _scale(size_hw, (1, 1)))).float().numpy()
+    low_N2, high_N2 = np.split(boxes_xyxy_px_N4 * _scale(size_hw, (1, 1)), 2, axis=1)
+    return np.concatenate([(low_N2 + high_N2) / 2, high_N2 - low_N2], axis=1, dtype=np.float32)

@@ -56,7 +56,8 @@ def look_inside(
         layer: from 1; None: the last of the encoder and of the decoder. A part without such a layer is left out.
     """
     device = next(detector.parameters()).device
-    batch = collate([evaluation_example(image, 0, config.data.sizes, config.data.max_size)])
+    data = config.data
+    batch = collate([evaluation_example(image, 0, data.sizes, data.max_size, data.backend)])
     ids = category_ids(classes, config.data.labels)
     with autocast(config.engine, device), recorded(detector, layer) as recordings:
         predictions = detector(*batch.inputs(device))

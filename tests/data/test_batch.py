@@ -18,15 +18,15 @@ def example(image_id: int, height: int, width: int, boxes: int) -> Example:
 def test_collate_pads_below_and_beside():
     examples = [example(1, 40, 35, 2), masked_example(7, (480, 640), "image 7: gone"), example(2, 33, 50, 3)]
     batch = collate(examples)
-    assert batch.images_B3HW.shape == (3, 3, 40, 50) and batch.images_B3HW.dtype == torch.uint8
+    assert batch.images_BHW3.shape == (3, 40, 50, 3) and batch.images_BHW3.dtype == torch.uint8
     assert batch.sizes_hw == [(40, 35), (32, 32), (33, 50)]
     assert batch.original_sizes_hw == [(80, 70), (480, 640), (66, 100)]
     assert batch.image_ids == [1, 7, 2]
     assert batch.bad == ["image 7: gone"]
-    for image, item in zip(batch.images_B3HW, examples, strict=True):
+    for image, item in zip(batch.images_BHW3, examples, strict=True):
         height, width = item.image_HW3.shape[:2]
-        assert np.array_equal(image[:, :height, :width], item.image_HW3.transpose(2, 0, 1))
-        assert not image[:, height:].any() and not image[:, :, width:].any()
+        assert np.array_equal(image[:height, :width], item.image_HW3)
+        assert not image[height:].any() and not image[:, width:].any()
     targets = batch.targets.to("cpu")
     assert targets.counts_B == [2, 0, 3]
     assert targets.valid_B.tolist() == [True, False, True]
@@ -38,7 +38,7 @@ def test_collate_pads_below_and_beside():
 def test_inputs_are_normalised_and_zero_on_padding():
     examples = [example(1, 9, 5, 0), example(2, 4, 7, 1)]
     images, mask = collate(examples).inputs("cpu")
-    assert images.shape == (2, 3, 9, 7) and images.dtype == torch.float32
+    assert images.shape == (2, 3, 9, 7) and images.dtype == torch.float32 and images.is_contiguous()
     assert mask.shape == (2, 9, 7) and mask.dtype == torch.bool
     for b, item in enumerate(examples):
         for y in range(9):

@@ -27,7 +27,7 @@ def train_loader(folder, rank=0, world=1, seed=5, global_batch=8, micro_batch=2,
 def digest(batch: Batch) -> str:
     """A few characters that stand for every bit of a batch."""
     targets = batch.targets
-    tensors = (batch.images_B3HW, targets.labels_N, targets.boxes_cxcywh_N4, targets.valid_B)
+    tensors = (batch.images_BHW3, targets.labels_N, targets.boxes_cxcywh_N4, targets.valid_B)
     rest = (batch.sizes_hw, batch.original_sizes_hw, batch.image_ids, targets.counts_B, batch.bad)
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors) + repr(rest).encode()).hexdigest()[:12]
 
@@ -128,7 +128,7 @@ def test_tail_slots_are_masked_without_a_message(shards):
     batch = last[-1]
     assert batch.image_ids[-1] == -1 and batch.bad == []
     assert batch.targets.valid_B.tolist() == [True, False] and batch.targets.counts_B[-1] == 0
-    assert batch.sizes_hw[-1] == (32, 32) and not batch.images_B3HW[-1].any()
+    assert batch.sizes_hw[-1] == (32, 32) and not batch.images_BHW3[-1].any()
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
@@ -166,9 +166,9 @@ def test_pixels_depend_on_epoch_and_image_alone(shards):
         for step in train_loader(shards, tail="mask", **loader).epoch(epoch):
             for batch in step:
                 for image, (height, width), image_id in zip(
-                    batch.images_B3HW, batch.sizes_hw, batch.image_ids, strict=True
+                    batch.images_BHW3, batch.sizes_hw, batch.image_ids, strict=True
                 ):
-                    found[image_id] = hashlib.sha256(image[:, :height, :width].numpy().tobytes()).digest()
+                    found[image_id] = hashlib.sha256(image[:height, :width].numpy().tobytes()).digest()
         return found
 
     expected = pixels(0)
@@ -204,7 +204,7 @@ def test_bad_samples_are_masked_and_named_on_any_rank(damaged):
         for b, image_id in enumerate(batch.image_ids):
             if not batch.targets.valid_B[b]:
                 masked[image_id] = (
-                    batch.images_B3HW[b].any().item(),
+                    batch.images_BHW3[b].any().item(),
                     batch.sizes_hw[b],
                     batch.targets.counts_B[b],
                 )

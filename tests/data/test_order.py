@@ -37,6 +37,9 @@ def test_stream_never_changes():
     assert digests == ["71fc2c210d5ed435", "0543aa1919a40d3d"]
     draws = [0.16658950015792984, 0.15197920718724733, 0.4390520647404036]
     assert uniform_draws(3, seed=42, epoch=5, image_id=139) == draws
+    for key in ((0, 0, 0), (2**63, 10**6, 2**62), (7, 1, 5)):  # one by one or as an array: the same hash
+        bits = hash_64(np.arange(50, dtype=np.uint64), key[0], key[1], 2, key[2])
+        assert uniform_draws(50, *key) == ((bits >> np.uint64(11)) * 2.0**-53).tolist()
 
 
 @pytest.mark.parametrize("mode", ["full", "block"])

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from framework.data import transforms
 from framework.data.order import uniform_draws
 from framework.data.transforms import (
     Geometry,
     augment,
     decode,
+    decode_rgb,
     evaluation_geometry,
     resized_hw,
     training_geometry,
@@ -119,12 +121,33 @@ def test_evaluation_only_resizes():
 # Pixels and boxes
 
 
-def test_pixels_are_pillows():
-    image = decode(make_sample(3)[0])
+CROPPED = Geometry(True, (75, 100), (10, 20, 40, 50), (51, 64))
+
+
+def pillows(image: Image.Image) -> np.ndarray:
+    """What the published pipeline makes of CROPPED."""
     cropped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((100, 75), Image.Resampling.BILINEAR)
-    expected = cropped.crop((20, 10, 70, 50)).resize((64, 51), Image.Resampling.BILINEAR)
-    warped = warp_image(image, Geometry(True, (75, 100), (10, 20, 40, 50), (51, 64)))
-    assert np.array_equal(np.asarray(warped), np.asarray(expected))
+    return np.asarray(cropped.crop((20, 10, 70, 50)).resize((64, 51), Image.Resampling.BILINEAR))
+
+
+def test_pixels_of_the_exact_backend_are_pillows():
+    data = make_sample(3)[0]
+    found = warp_image(decode_rgb(data, "pillow"), CROPPED, "pillow")
+    assert np.array_equal(found, pillows(decode(data)))
+
+
+def test_fast_pixels_are_within_two_grey_levels_of_pillows():
+    """Within one where it resizes once; on noise, which is the worst there is for a resize."""
+    rng = np.random.default_rng(0)
+    worst = {False: 0, True: 0}
+    for n in range(60):
+        height, width = rng.integers(50, 130, 2).tolist()
+        noise_HW3 = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        geometry = training_geometry((height, width), uniform_draws(8, 0, 0, n), **SMALL)
+        fast, exact = (warp_image(noise_HW3, geometry, backend).astype(int) for backend in ("fast", "pillow"))
+        crops = geometry.crop_tlhw is not None
+        worst[crops] = max(worst[crops], int(abs(fast - exact).max()))
+    assert worst[False] == 1 and 1 <= worst[True] <= 2
 
 
 def test_boxes_stay_on_their_objects():
@@ -137,7 +160,7 @@ def test_boxes_stay_on_their_objects():
         pixels = np.zeros((height, width, 3), dtype=np.uint8)
         pixels[y1:y2, x1:x2] = 255
         geometry = training_geometry((height, width), uniform_draws(8, 0, 0, n), **SMALL)
-        warped = np.asarray(warp_image(Image.fromarray(pixels), geometry))
+        warped = warp_image(pixels, geometry)
         assert warped.shape[:2] == geometry.size_hw
         boxes, keep = warp_boxes(np.array([[x1, y1, x2, y2]], dtype=float), (height, width), geometry)
         rows, columns = np.nonzero(warped[..., 0] >= 128)
@@ -163,6 +186,28 @@ def test_boxes_are_clipped_and_lost_ones_marked():
 
 
 # Decoding
+
+
+@pytest.mark.parametrize("size_wh", [(64, 48), (33, 17), (1, 1), (8, 200)])
+@pytest.mark.parametrize("settings", [dict(), dict(subsampling=0), dict(subsampling=1), dict(progressive=True),
+                                      dict(quality=5), dict(optimize=True, quality=100)])  # fmt: skip
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_fast_decoding_gives_pillows_bits(size_wh, settings, mode):
+    noise = np.random.default_rng(0).integers(0, 256, (size_wh[1], size_wh[0], 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise).convert(mode), "JPEG", **settings)
+    assert np.array_equal(decode_rgb(data), np.asarray(decode(data)))
+
+
+def test_fast_decoding_is_simplejpegs(monkeypatch):
+    """And Pillow's where simplejpeg does not take a file: a PNG, CMYK, a damaged or a huge one."""
+    image, png = make_sample(3)[0], encoded(Image.new("RGB", (9, 9)))
+    cmyk = encoded(Image.new("CMYK", (9, 9)), "JPEG")
+    monkeypatch.setattr(transforms, "decode", lambda data: Image.new("RGB", (3, 3), (1, 2, 3)))
+    assert decode_rgb(image).shape == (60, 80, 3)
+    assert decode_rgb(png).shape == decode_rgb(cmyk).shape == decode_rgb(image[:-400]).shape == (3, 3, 3)
+    assert decode_rgb(image, "pillow").shape == (3, 3, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert decode_rgb(image).shape == (3, 3, 3)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
@@ -192,14 +237,15 @@ def test_rotation_in_exif_is_ignored():
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff\xe0 no more", make_sample(1)[0][:-400], b"\x89PNG\r\n\x1a\n" * 4])
 def test_unreadable_images_are_input_errors(data):
-    with pytest.raises(InputError, match="not a readable image"):
-        decode(data)
+    for backend in ("fast", "pillow"):
+        with pytest.raises(InputError, match="not a readable image"):
+            decode_rgb(data, backend)
 
 
 def test_bombs_are_input_errors(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(InputError, match=r"not a readable image \(DecompressionBombError"):
-        decode(encoded(Image.new("RGB", (100, 100))))
+        decode_rgb(encoded(Image.new("RGB", (100, 100)), "JPEG"))
 
 
 # A whole sample
