@@ -74,14 +74,15 @@ class Sample:
             count = len(sample.boxes_xyxy_px)
             per_box = (sample.labels, sample.category_ids, sample.areas, sample.iscrowd,
                        sample.annotation_ids, sample.segmentation)  # fmt: skip
-            if any(len(values) != count for values in per_box):
+            if {len(values) for values in per_box} != {count}:
                 raise ValueError("its lists differ in length")
-            if any(len(box) != 4 for box in sample.boxes_xyxy_px):
+            if not set(map(len, sample.boxes_xyxy_px)) <= {4}:
                 raise ValueError("a box does not have 4 numbers")
-            integers = (*sample.labels, *sample.category_ids, *sample.iscrowd, *sample.annotation_ids)
-            if not all(type(n) is int for n in (sample.image_id, sample.width, sample.height, *integers)):
+            integers = (sample.image_id, sample.width, sample.height, *sample.labels, *sample.category_ids,
+                        *sample.iscrowd, *sample.annotation_ids)  # fmt: skip
+            if not set(map(type, integers)) <= {int}:
                 raise ValueError("an id, a size, a label or iscrowd is not an integer")
-            if not all(type(x) in (int, float) for x in itertools.chain(sample.areas, *sample.boxes_xyxy_px)):
+            if not set(map(type, itertools.chain(sample.areas, *sample.boxes_xyxy_px))) <= {int, float}:
                 raise ValueError("a box or an area is not a number")
             return sample
         except (ValueError, TypeError) as error:
