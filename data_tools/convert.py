@@ -1,6 +1,6 @@
 """Turn a data set (COCO, Pascal VOC, YOLO) into shards: tar files that webdataset reads, an index, a manifest.
 
-    annotations -> checked samples -> each image: read, checked, re-encoded unless JPEG -> shards -> commit
+    annotations -> checked samples -> each image: read, checked -> shards -> commit
 
 All faults of annotations and images are told at once, and then nothing is written. A folder appears under its
 name when everything in it is on the disk; before, it is `<name>.partial`, where a conversion that was killed goes on.
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     total = sum(len(data.samples) for data in sets.values())
     with partial_folder(out, resumable=True) as folder, progress(total, description="convert") as bar:
         jobs = {name: jobs_of(folder / name, data.samples, args.images, shard_bytes=args.shard_mib * MIB,
-                              verify=args.verify == "decode", write=not faults)
+                              verify=args.verify == "decode", reencode=args.reencode, write=not faults)
                 for name, data in sets.items()}  # fmt: skip
         packed = iter(pack_all([job for one in jobs.values() for job in one], args.workers, bar.update))
         for name, data in sets.items():
@@ -119,6 +119,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=cores, help=f"processes, one shard each at a time ({cores})")
     parser.add_argument(
         "--verify", choices=["decode", "none"], default="decode", help="decode every image, or trust it (decode)"
+    )
+    parser.add_argument(
+        "--reencode", action="store_true", help="images that are not JPEG become JPEG of quality 95, not faults"
     )
     parser.add_argument(
         "--drop-bad-boxes", action="store_true", help="leave out, and list, boxes without area inside their image"

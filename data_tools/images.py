@@ -15,17 +15,20 @@ from framework.errors import InputError
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: cameras that append a second picture to a JPEG file
 
 
-def read_image(path: Path, sample: Sample, verify: bool, repairs: Counter[str]) -> bytes:
-    """The file's own bytes when they are JPEG, else re-encoded; what is not plain RGB is counted as a repair.
+def read_image(path: Path, sample: Sample, verify: bool, reencode: bool, repairs: Counter[str]) -> bytes:
+    """The file's own bytes when they are JPEG; others re-encoded, if so wished. What is not plain RGB is counted.
 
     Raises:
-        InputError: missing, empty, not an image, truncated, or not of the size that the annotations say.
+        InputError: missing, empty, not an image, truncated, not of the size that the annotations say, or not JPEG and
+            not to be re-encoded.
     """
     with _faults_named(path, f"mend it, or take image {sample.image_id} out of the annotations"):
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             kept = image.format in JPEG_FORMATS
             check_size(image, sample)
+            if not kept and not reencode:
+                raise InputError(f"is {image.format}, shards hold JPEG; --reencode makes it one of quality 95")
             count_repairs(image, kept, repairs)
             if verify:
                 image.load()

@@ -37,6 +37,7 @@ class Job:
     samples: Sequence[Sample]
     images: Path
     verify: bool
+    reencode: bool
     write: bool
 
     @property
@@ -54,14 +55,21 @@ class Packed:
 
 
 def jobs_of(
-    folder: Path, samples: Sequence[Sample], images: Path, *, shard_bytes: int, verify: bool, write: bool
+    folder: Path,
+    samples: Sequence[Sample],
+    images: Path,
+    *,
+    shard_bytes: int,
+    verify: bool,
+    reencode: bool,
+    write: bool,
 ) -> list[Job]:
     """The shards of a set, cut by the sizes of the image files as they are: re-encoded images, which may be larger or
     smaller, do not move a bound."""
     sizes = (sample_bytes(_file_bytes(images / sample.file_name), len(sample.to_json())) for sample in samples)
     bounds = shard_bounds(sizes, shard_bytes)
     return [
-        Job(folder, number, samples[bound.start : bound.stop], images, verify, write)
+        Job(folder, number, samples[bound.start : bound.stop], images, verify, reencode, write)
         for number, bound in enumerate(bounds)
     ]
 
@@ -111,7 +119,8 @@ def pack(job: Job, done: Callable[[], Any]) -> Packed:
     def images() -> Iterator[tuple[Sample, bytes]]:
         for sample in job.samples:
             try:
-                yield sample, read_image(job.images / sample.file_name, sample, job.verify, repairs)
+                path = job.images / sample.file_name
+                yield sample, read_image(path, sample, job.verify, job.reencode, repairs)
             except InputError as error:
                 faults.append(str(error))
             done()

@@ -25,7 +25,7 @@ shards="data/$name/shards"
 run="runs/$name"
 
 say "converting it to shards in $shards"
-"$python" -m data_tools.convert --images "$data/images" --annotations "$data/annotations" --out "$shards"
+"$python" -m data_tools.convert --images "$data/images" --annotations "$data/annotations" --reencode --out "$shards"
 
 # Somebody's own images get as many steps as the synthetic ones, in four parts with an evaluation each.
 if [ "$name" != quickstart ]; then

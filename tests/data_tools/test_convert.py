@@ -81,7 +81,10 @@ def test_odd_images_are_repaired_and_counted(source, tmp_path):
     Image.fromarray(deep).save(images / "photo.2.jpg", "PNG")
     pixels(64, 20).convert("P").save(images / "photo.3.jpg", "GIF")
     kept = [(images / f"photo.{n}.jpg").read_bytes() for n in (0, 1)]
-    out = converted(source, tmp_path)
+    with pytest.raises(InputError, match="2 faults, nothing was written") as error:
+        convert.main(arguments(source, tmp_path / "out"))
+    assert "is PNG, shards hold JPEG; --reencode" in str(error.value) and "is GIF" in str(error.value)
+    out = converted(source, tmp_path, "--reencode")
     assert read_manifest(out).repairs == {
         "16-bit image scaled to 8 bit": 1,
         "CMYK JPEG to be read as RGB": 1,
@@ -209,7 +212,7 @@ def test_bad_images_are_refused(kind, source, tmp_path):
     damage, message = BAD_IMAGES[kind]
     damage(source / "images" / "photo.2.jpg")
     with pytest.raises(InputError, match=message):
-        convert.main(arguments(source, tmp_path / "out"))
+        convert.main(arguments(source, tmp_path / "out", "--reencode"))
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
