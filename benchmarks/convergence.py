@@ -84,10 +84,12 @@ WITHOUT = ("one-level", "one-point", "dense", "softmax", "no-auxiliary")
 
 @dataclass(frozen=True)
 class Size:
-    """epochs: N. rates: those tried of each tuned model. chosen: what there is without a sweep. jobs: side by side."""
+    """epochs: N. times: DETR-DC5's schedules, in N. rates: those tried of each tuned model. chosen: those of the best
+    trials, or where none were recorded. jobs: runs side by side."""
 
     drawn: tuple[str, ...]
     epochs: int
+    times: tuple[float, ...]
     rates: dict[str, tuple[float, ...]]
     chosen: dict[str, float]
     jobs: int
@@ -96,12 +98,12 @@ class Size:
 SIZES = {
     "cpu": Size(
         drawn=("--images", "1000", "--val", "200", "--size", "128", "--zoom", "2"),
-        epochs=10, rates={"detr-dc5": (1e-4, 2e-4, 4e-4), "deformable": (4e-4, 2e-4, 8e-4)},
+        epochs=10, times=(10, 5, 1, 2.5), rates={"detr-dc5": (1e-4, 2e-4, 4e-4), "deformable": (4e-4, 2e-4, 8e-4)},
         chosen={"deformable": 4e-4, "detr-dc5": 2e-4}, jobs=len(os.sched_getaffinity(0)),
     ),
     "gpu": Size(
         drawn=("--images", "3000", "--val", "400", "--size", "192", "--zoom", "1.5"),
-        epochs=10, rates={"detr-dc5": (1e-4, 2e-4, 5e-5), "deformable": (1e-4, 2e-4, 4e-4)},
+        epochs=10, times=(10, 5, 1, 2.5), rates={"detr-dc5": (1e-4, 2e-4, 5e-5), "deformable": (1e-4, 2e-4, 4e-4)},
         chosen={"deformable": 2e-4, "detr-dc5": 1e-4}, jobs=4,
     ),
 }  # fmt: skip
@@ -145,8 +147,8 @@ def plan(part: str, size: Size, seeds: int, rates: dict[str, float]) -> list[Run
     if part == "pair":
         return [of("detr-dc5", longest), of("deformable")]
     if part == "reported":
-        schedules = [("detr-dc5", longest), ("deformable", n), ("detr-dc5", 5 * n), ("detr-dc5", n),
-                     ("detr-dc5", 5 * n // 2)]  # fmt: skip
+        of_detr = [("detr-dc5", round(times * n)) for times in size.times]
+        schedules = [of_detr[0], ("deformable", n), *of_detr[1:]]
         return [of(model, epochs, seed) for seed in every_seed for model, epochs in schedules]
     if part == "more":
         return [of(model, epochs, seed) for seed in every_seed for model, epochs in
