@@ -37,7 +37,7 @@ from benchmarks.results import ROOT, machine, today, write
 from data_tools.sample import read_manifest
 from framework import convergence
 from framework.config import load
-from framework.errors import FAILED, UsageError, command
+from framework.errors import FAILED, InputError, UsageError, command
 from framework.files import alone_in
 from framework.processes import die_with_parent
 from framework.tracking.console import setup_logging, write_json
@@ -289,9 +289,11 @@ class Experiment:
         It dies with this process, so that no two ever write into one folder.
         """
 
+        parent = os.getpid()
+
         def prepare() -> None:
             os.sched_setaffinity(0, cores)
-            die_with_parent()
+            die_with_parent(parent)
 
         folder = self.work / run.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -356,25 +358,32 @@ class Experiment:
         by_protocol: with the ratio, once all schedules are there.
         """
         done = {run: folder for run in runs if (folder := self.folder(run))}
-        baseline = sorted({run.epochs: run.label for run in done if run.model == "detr-dc5"}.items())
+        flags = []
+        if by_protocol and (whole := [run for seed in self.whole_seeds() for run in seed]):
+            # Only these may be compared by the protocol: a mean over other seeds would be another mean.
+            part = {run for run in self.plan("reported", MOST_SEEDS) if run not in whole}
+            done = {run: folder for run, folder in done.items() if run not in part}
+            labels = list(dict.fromkeys(run.label for run in whole if run.model == "detr-dc5"))
+            method = next(run.label for run in whole if run.model == "deformable")
+            flags = ["--method", method, "--schedules", *labels]
+        elif by_protocol:
+            print("the protocol's ratio has to wait for a seed of which all schedules are done")
+        baseline = sorted((run.epochs, run.label) for run in done if run.model == "detr-dc5")
         if not baseline or all(run.model == "detr-dc5" for run in done):
             return
-        labels = [label for _, label in baseline]
         arguments = [f"{run.label}={folder.relative_to(ROOT)}" for run, folder in done.items()]
-        flags = ["--out", str(self.out / name), "--baseline", labels[-1]]
-        if by_protocol:
-            missing = [run.name for run in self.plan("reported", 1) if run not in done]
-            if missing:
-                print("the protocol's ratio has to wait for", ", ".join(missing))
-            else:
-                method = f"{MODELS['deformable'].title}, {self.size.epochs} epochs"
-                flags += ["--method", method, "--schedules", *labels]
+        flags += ["--out", str(self.out / name), "--baseline", baseline[-1][1]]
         try:
             convergence.main([*arguments, *flags])
-        except UsageError as error:  # runs on another set were left out; the other tables are made all the same
+        except (InputError, UsageError) as error:  # runs were left out; the other tables are made all the same
             print(f"no charts{f' of {name}' if name else ''}: {error}")
         if self.record:  # TensorBoard does not read gzipped runs
             shutil.rmtree(self.out / name / "tensorboard", ignore_errors=True)
+
+    def whole_seeds(self) -> list[list[Run]]:
+        """The reported runs of each seed of which all schedules are done."""
+        seeds = [[run for run in self.plan("reported", MOST_SEEDS) if run.seed == n] for n in range(1, MOST_SEEDS + 1)]
+        return [runs for runs in seeds if all(map(self.folder, runs))]
 
     def report_again(self) -> None:
         """Are runs of the same seed equal in every bit? (On one machine, with as many cores.)"""

@@ -38,7 +38,8 @@ def main() -> int:
     for part in args.parts:
         with tempfile.TemporaryDirectory() as folder:
             result = PARTS[part](Path(folder), args.workers)
-        write("convert", "Conversion", part, result, f"python -m benchmarks.convert --parts {part}")
+        command = f"python -m benchmarks.convert --parts {part} --workers {args.workers}"
+        write("convert", "Conversion", part, result, command)
         print(part, result)
     return 0
 

@@ -222,13 +222,15 @@ def in_child(function: Callable[[], Any]) -> tuple[float, float]:
     """Seconds and additional MiB at the peak of a call in a forked process."""
     reader, writer = os.pipe()
     if os.fork() == 0:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        started = time.perf_counter()
-        function()
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        os.write(writer, f"{seconds} {peak / 1024}".encode())
-        os._exit(0)
+        try:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            started = time.perf_counter()
+            function()
+            seconds = time.perf_counter() - started
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            os.write(writer, f"{seconds} {peak / 1024}".encode())
+        finally:
+            os._exit(0)
     os.wait()
     seconds, peak = os.read(reader, 100).decode().split()
     return float(seconds), float(peak)

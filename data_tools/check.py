@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from data_tools.annotations import short
+from data_tools.pixels import FORMATS
 from data_tools.sample import (
     INDEX,
     MANIFEST,
@@ -26,6 +28,7 @@ from data_tools.sample import (
     read_manifest,
     samples_per_shard,
 )
+from data_tools.shards import BLOCK_BYTES
 from framework.errors import FAILED, InputError, UsageError, command
 from framework.files import crc32, sha256_of
 from framework.tracking.console import progress, setup_logging
@@ -36,6 +39,8 @@ EXAMPLE = """example:
 A folder with train/ and val/ in it has both checked. Exit code 1: the faults are listed, one a line."""
 
 Members = dict[int, tuple[str, int]]  # of a tar file: where the data begins -> name, length
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+LEAST_END_BYTES = 1024  # of zeros that end a tar file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,7 +128,8 @@ def shard_faults(
         yield f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}"
     if sha256_of(path) != shard.sha256:
         yield f"{path}: its sha256 is not the manifest's"
-    members, broken = read_members(path)
+    found, broken = read_members(path)
+    members: Members = {member.offset_data: (member.name, member.size) for member in found}
     if broken:
         yield f"{path}: not a whole tar file ({broken})"
     indexed = {int(at) for name in ("image_offset", "json_offset") for at in records[name]}
@@ -136,16 +142,45 @@ def shard_faults(
             done()
 
 
-def read_members(path: Path) -> tuple[Members, str]:
-    """The members up to the first that is broken, and what is wrong with that."""
-    members: Members = {}
+def read_members(path: Path) -> tuple[list[tarfile.TarInfo], str]:
+    """The members but folders, up to the first that is broken, and what is wrong with that."""
+    members: list[tarfile.TarInfo] = []
+    end = 0
     try:
+        file_bytes = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                members[member.offset_data] = (member.name, member.size)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        return members, str(error)
+                if member.offset_data < end or not 0 <= member.size < 2**32:
+                    return members, f"{short(member.name)} has an impossible size or place"
+                if member.offset_data + member.size > file_bytes:
+                    return members, f"cut off in {short(member.name)}"
+                end = member.offset_data + -(-member.size // BLOCK_BYTES) * BLOCK_BYTES
+                if not member.isdir():
+                    members.append(member)
+        if not _ends_in_zeros(path, end):  # tarfile ends in silence at a header that it cannot read
+            return members, f"nothing can be read from byte {end} on"
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        return members, str(error) or type(error).__name__  # whatever hostile headers make tarfile stumble over
     return members, ""
+
+
+def _ends_in_zeros(path: Path, start: int) -> bool:
+    with path.open("rb") as file:
+        file.seek(start)
+        length = 0
+        while part := file.read(2**20):
+            length += len(part)
+            if part.count(0) < len(part):
+                return False
+    return length >= LEAST_END_BYTES
+
+
+def key_and_kind(name: str) -> tuple[str, str | None]:
+    """Key of a member by its name, as webdataset cuts it: at the first dot of its last part; and its kind, or None."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, suffix = last.partition(".")
+    kind = {"json": "text"}.get(suffix.lower(), "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else None)
+    return f"{folder}{slash}{stem}", kind if stem and dot else None
 
 
 def sample_faults(
@@ -157,8 +192,8 @@ def sample_faults(
 ) -> Iterator[str]:
     names = [members.get(int(record[f"{kind}_offset"]), ("none", 0)) for kind in ("image", "json")]
     lengths = [int(record[f"{kind}_length"]) for kind in ("image", "json")]
-    keys = {name.partition(".")[0] for name, _ in names}
-    if [length for _, length in names] != lengths or len(keys) > 1 or not names[1][0].endswith(".json"):
+    keys, kinds = zip(*(key_and_kind(name) for name, _ in names), strict=True)
+    if [length for _, length in names] != lengths or len(set(keys)) > 1 or kinds != ("image", "text"):
         yield f"the index says members of {lengths} bytes, the tar file has {names} there"
     image, text = (member_bytes(file, record, kind) for kind in ("image", "json"))
     if image is None:
@@ -181,7 +216,7 @@ def member_bytes(file: BinaryIO, record: np.void, kind: str) -> bytes | None:
 
 def image_faults(data: bytes, record: np.void) -> Iterator[str]:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes make them stumble over
         yield f"not a whole image ({error})"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def _load(path: Path) -> dict[str, list[Any]]:
     expected = "expected COCO's instances format: an object with the lists " + ", ".join(FIELDS)
     try:
         raw = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); {expected}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a JSON {type(raw).__name__}; {expected}")
@@ -78,9 +79,17 @@ def _check_fields(record: Any, fields: dict[str, type]) -> None:
 
 def _check_image(record: Record) -> None:
     path = Path(record["file_name"])
-    if path.is_absolute() or ".." in path.parts or not path.name:
+    if path.is_absolute() or ".." in path.parts or not path.name or not _is_file_name(record["file_name"]):
         raise Fault(f"has file_name {short(record['file_name'])}, expected a file inside the folder of images")
     check_has_pixels(record["width"], record["height"], whose=f"(id {record['id']}) ")
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether the system can be asked for it."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _sample(image: Record) -> Sample:

@@ -4,45 +4,51 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from framework.errors import InputError
 from framework.files import alone_in, sync
 
 log = logging.getLogger("tenfold")
 
 
 @contextlib.contextmanager
-def partial_folder(out: Path, *, resumable: bool = False) -> Iterator[Path]:
+def partial_folder(out: Path, *, keep: str | None = None) -> Iterator[Path]:
     """A folder beside `out` to write into; `commit` turns it into `out`, otherwise it is removed at the end.
 
-    resumable: what an attempt left that was killed, interrupted or met a full disk is still there.
+    keep: a pattern of files whose presence makes the folder stay when the attempt fails: the next one finds them.
 
     Raises:
         UsageError: another process is writing it.
     """
     partial = out.with_name(out.name + ".partial")
     with alone_in(partial, "choose another --out"):
-        if not resumable:
+        mine = partial.stat().st_ino
+        if not keep:
             remove(*partial.iterdir())
         try:
             yield partial
-        except (OSError, KeyboardInterrupt):
-            if resumable:
+        except (OSError, KeyboardInterrupt, InputError) as error:
+            if keep and any(partial.rglob(keep)):
                 log.info("what is finished stays in %s; the same command goes on with it", partial)
             else:
                 remove(partial)
-            raise
+            raise error
         except BaseException:
             remove(partial)
             raise
-        remove(partial)
+        with contextlib.suppress(FileNotFoundError):  # renamed; there may be another process's by now
+            if partial.stat().st_ino == mine:
+                remove(partial)
 
 
-def commit(partial: Path, out: Path) -> None:
-    """Rename the folder to `out`, which is absent or empty, after everything in it has reached the disk."""
+def commit(partial: Path, out: Path, *, without: Iterable[Path] = ()) -> None:
+    """Rename the folder to `out`, which is absent or empty, after everything in it has reached the disk, and `without`
+    was removed from it."""
     for path in [*partial.rglob("*"), partial]:
         sync(path)
+    remove(*without)
     os.rename(partial, out)
     sync(out.parent)
 

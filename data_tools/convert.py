@@ -22,7 +22,7 @@ from data_tools.annotations import DataSet
 from data_tools.classes import read_names
 from data_tools.coco import read_coco
 from data_tools.commit import commit, is_free, partial_folder, remove
-from data_tools.pack import jobs_of, pack_all
+from data_tools.pack import NOTE, jobs_of, pack_all
 from data_tools.sample import INDEX, MANIFEST, SPLITS, Manifest, read_manifest
 from data_tools.shards import WrittenShard, write_manifest
 from data_tools.voc import read_voc
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     refuse_other_classes(sets)
     faults = [fault for data in sets.values() for fault in data.faults]
     total = sum(len(data.samples) for data in sets.values())
-    with partial_folder(out, resumable=True) as folder, progress(total, description="convert") as bar:
+    with partial_folder(out, keep=f"*{NOTE}") as folder, progress(total, description="convert") as bar:
         jobs = {name: jobs_of(folder / name, data.samples, args.images, shard_bytes=args.shard_mib * MIB,
                               verify=args.verify == "decode", reencode=args.reencode, write=not faults)
                 for name, data in sets.items()}  # fmt: skip
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         refuse(faults)
         manifests = {name: read_manifest(folder / name) for name in sets}
         if is_free(out):
-            commit(folder, out)
+            commit(folder, out, without=list(folder.rglob(f"*{NOTE}")))
             done = f"{total / (time.monotonic() - started):.0f} images/s"
         else:
             refuse_other_content(out, manifests)
@@ -216,11 +216,11 @@ def refuse(faults: list[str]) -> None:
 
 
 def finish_set(folder: Path, data: DataSet, written: list[WrittenShard]) -> None:
-    """Make a set of its shards; what else lies there, notes and remains of earlier attempts, is removed."""
+    """Make a set of its shards; what else lies there, but notes of shards, is removed: remains of earlier attempts."""
     manifest = write_manifest(folder, written, data.classes, data.repairs)
     write_json(folder / "report.json", report(data))
     expected = {MANIFEST, INDEX, "report.json", *(shard.name for shard in manifest.shards)}
-    remove(*(path for path in folder.iterdir() if path.name not in expected))
+    remove(*(path for path in folder.iterdir() if path.name not in expected and not path.name.endswith(NOTE)))
 
 
 def report(data: DataSet) -> dict[str, Any]:

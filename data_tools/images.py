@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from data_tools.pixels import to_8_bit
+from data_tools.pixels import FORMATS, to_8_bit
 from data_tools.sample import Sample
 from framework.errors import InputError
 
@@ -24,7 +24,7 @@ def read_image(path: Path, sample: Sample, verify: bool, reencode: bool, repairs
     """
     with _faults_named(path, f"mend it, or take image {sample.image_id} out of the annotations"):
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             kept = image.format in JPEG_FORMATS
             check_size(image, sample)
             if not kept and not reencode:
@@ -41,7 +41,7 @@ def upright_size(path: Path) -> tuple[int, int]:
     Raises:
         InputError: missing, empty, not an image, or one that EXIF would turn: nobody knows which way was annotated.
     """
-    with _faults_named(path, "mend it, or take it out"), Image.open(path) as image:
+    with _faults_named(path, "mend it, or take it out"), Image.open(path, formats=FORMATS) as image:
         if image.format != "PNG" and _is_turned(image):  # of a PNG it would decode all pixels to know
             raise InputError("EXIF would turn it, and its annotations do not say which way they mean; save it upright")
         return image.size
@@ -50,14 +50,16 @@ def upright_size(path: Path) -> tuple[int, int]:
 @contextlib.contextmanager
 def _faults_named(path: Path, advice: str) -> Iterator[None]:
     """Raises InputError with path and advice for whatever goes wrong inside, or before when the file has no byte."""
-    if not path.is_file():
-        raise InputError(f"{path}: missing; {advice}")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: an empty file, 0 bytes; {advice}")
     try:
+        if not path.is_file():
+            raise InputError("missing")
+        if path.stat().st_size == 0:
+            raise InputError("an empty file, 0 bytes")
         yield
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image that Pillow reads; {advice}") from None
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes make them stumble over
         raise InputError(f"{path}: {error}; {advice}") from error
 

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_tools.check import image_faults, json_faults
+from data_tools.check import IMAGE_SUFFIXES, image_faults, json_faults, key_and_kind, read_members
 from data_tools.convert import refuse
-from data_tools.sample import INDEX_DTYPE, MANIFEST, Category, Sample, Shard
+from data_tools.sample import INDEX, INDEX_DTYPE, MANIFEST, Category, Sample, Shard
 from data_tools.shards import WrittenShard, write_manifest
 from framework.errors import InputError, UsageError, command
 from framework.files import alone_in, crc32, sha256_of
@@ -29,8 +29,6 @@ Shards are plain tar files, *.tar, in the order of the numbers in their names. A
 name up to its first dot: an image (.jpg, .jpeg or .png) and a .json as data_tools.convert writes it: image_id,
 file_name, width, height, boxes_xyxy_px, labels, category_ids, areas, iscrowd, annotation_ids, segmentation. Labels
 count the categories by their ids, from 0."""
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass
@@ -57,8 +55,9 @@ def main(argv: list[str] | None = None) -> int:
             for path in paths:
                 records, wrong = read_shard(path, classes, seen, annotation_ids)
                 faults += wrong
-                shard = Shard(path.name, len(records), path.stat().st_size, sha256_of(path))
-                written.append(WrittenShard(shard, records))
+                if not faults:
+                    shard = Shard(path.name, len(records), path.stat().st_size, sha256_of(path))
+                    written.append(WrittenShard(shard, records))
                 bar.update()
         if not faults and not seen:
             faults.append(f"{args.shards}: no sample in its shards")
@@ -84,9 +83,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.shards.is_dir():
         raise UsageError(f"{args.shards}: not a folder; expected one of tar shards")
-    if (args.shards / MANIFEST).exists():
-        raise UsageError(f"{args.shards}: has a {MANIFEST} already; python -m data_tools.check tells whether it fits, "
-                         "remove it to make another")  # fmt: skip
+    for name in (MANIFEST, INDEX):
+        if (args.shards / name).exists():
+            raise UsageError(f"{args.shards}: has a {name} already; python -m data_tools.check tells whether the set "
+                             "is sound, remove it to make another")  # fmt: skip
     return args
 
 
@@ -97,7 +97,7 @@ def read_categories(path: Path) -> list[Category]:
     try:
         raw = json.loads(path.read_bytes())["categories"]
         classes = [Category(one["name"], one["id"]) for one in sorted(raw, key=lambda one: one["id"])]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: expected an object with the list 'categories', id and name of each "
                          f"({type(error).__name__}: {error})") from error  # fmt: skip
     if not classes or not all(type(one.category_id) is int and isinstance(one.name, str) for one in classes):
@@ -113,6 +113,8 @@ def read_shard(
     """Records of the samples in the order of their first members, and faults. seen: shard of each image id so far."""
     pairs, faults = read_pairs(path)
     records: list[tuple[int, ...]] = []
+    if not pairs:
+        return records, faults
     with path.open("rb") as file:
         for key, pair in pairs.items():
             if pair.image is None or pair.text is None:
@@ -143,34 +145,19 @@ def read_shard(
 def read_pairs(path: Path) -> tuple[dict[str, Pair], list[str]]:
     """The members by key, and what is wrong with the file."""
     pairs: dict[str, Pair] = {}
-    faults = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isdir():
-                    continue
-                key, kind = key_and_kind(member.name)
-                if kind is None:
-                    faults.append(f"{path}: {member.name} is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor .json")
-                elif not member.isreg() or member.issparse():
-                    faults.append(f"{path}: {member.name} is a link, or no plain file")
-                elif getattr(pairs.setdefault(key, Pair()), kind) is not None:
-                    faults.append(f"{path}: {member.name} is the second {kind} of {key}")
-                elif member.offset_data + member.size > path.stat().st_size:
-                    faults.append(f"{path}: cut off in {member.name}")
-                else:
-                    setattr(pairs[key], kind, member)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        faults.append(f"{path}: not a whole tar file ({error})")
+    members, broken = read_members(path)
+    faults = [f"{path}: not a whole tar file ({broken})"] if broken else []
+    for member in members:
+        key, kind = key_and_kind(member.name)
+        if kind is None:
+            faults.append(f"{path}: {member.name} is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor .json")
+        elif not member.isreg() or member.issparse():
+            faults.append(f"{path}: {member.name} is a link, or no plain file")
+        elif getattr(pairs.setdefault(key, Pair()), kind) is not None:
+            faults.append(f"{path}: {member.name} is the second {kind} of {key}")
+        else:
+            setattr(pairs[key], kind, member)
     return pairs, faults
-
-
-def key_and_kind(name: str) -> tuple[str, str | None]:
-    """Key and field of Pair by the name of a member, as webdataset cuts it: at the first dot of its last part."""
-    folder, slash, last = name.rpartition("/")
-    stem, dot, suffix = last.partition(".")
-    kind = {"json": "text"}.get(suffix.lower(), "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else None)
-    return f"{folder}{slash}{stem}", kind if stem and dot else None
 
 
 def read_member(file: BinaryIO, member: tarfile.TarInfo) -> bytes:

@@ -1,10 +1,11 @@
 """Images into shards by several processes: each shard is the work of one, and the same bytes whoever does it.
 
-    jobs -> worker: read, check, write one shard, note what became of it (<shard>.json) -> results in the jobs' order
+    jobs -> worker: read, check, write one shard, note what became of it (<shard>.note.json) -> results in their order
 
 A conversion that was killed goes on: a shard whose note fits its job and whose bytes fit the note is kept.
 """
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -18,14 +19,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL
+
 from data_tools.images import read_image
-from data_tools.sample import Sample, Shard
+from data_tools.sample import FORMAT, Sample, Shard
 from data_tools.shards import WrittenShard, sample_bytes, shard_bounds, shard_name, write_shard
 from framework.errors import InputError
 from framework.files import sha256_of, sync
 from framework.processes import die_with_parent
 
 TOLD_EVERY_S = 0.5
+NOTE = ".note.json"  # ends the name of what tells that a shard is finished
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Job:
 
     @property
     def note(self) -> Path:
-        return self.folder / f"{shard_name(self.number)}.json"
+        return self.folder / f"{shard_name(self.number)}{NOTE}"
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,16 @@ def pack_all(jobs: Sequence[Job], workers: int, done: Callable[[int], Any]) -> l
         return [pack(job, lambda: done(1)) for job in jobs]
     counter = multiprocessing.get_context("fork").Value("Q", 0)
     told = 0
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (jobs, counter))
+    gc.collect()
+    gc.freeze()  # a collection in a worker would copy the pages of all annotations
+    start = (jobs, counter, os.getpid())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, start)
     try:
         futures: list[Future[Packed]] = [pool.submit(_pack_numbered, n) for n in range(len(jobs))]
         waiting = set(futures)
         while waiting:
             finished, waiting = wait(waiting, TOLD_EVERY_S, FIRST_COMPLETED)
-            count = counter.value
+            count = counter.get_obj().value  # without the lock, which a worker that is killed may hold
             done(count - told)
             told = count
             for future in finished:
@@ -103,6 +110,7 @@ def pack_all(jobs: Sequence[Job], workers: int, done: Callable[[int], Any]) -> l
         for process in list((pool._processes or {}).values()):
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
+        gc.unfreeze()
 
 
 def pack(job: Job, done: Callable[[], Any]) -> Packed:
@@ -148,8 +156,9 @@ def _file_bytes(path: Path) -> int:
 
 
 def _source(job: Job) -> str:
-    """Names what the shard is made of: annotations, and sizes and times of the files."""
-    found = hashlib.sha256(str(job.verify).encode())
+    """Names what the shard is made of, and how: annotations, and place, sizes and times of the files."""
+    how = (FORMAT, job.verify, job.reencode, PIL.__version__ if job.reencode else "", str(job.images.resolve()))
+    found = hashlib.sha256(repr(how).encode())
     for sample in job.samples:
         try:
             state = (job.images / sample.file_name).stat()
@@ -186,11 +195,11 @@ _jobs: Sequence[Job] = ()
 _count: Any = None
 
 
-def _start_worker(jobs: Sequence[Job], counter: Any) -> None:
+def _start_worker(jobs: Sequence[Job], counter: Any, parent: int) -> None:
     global _jobs, _count
     _jobs, _count = jobs, counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
-    die_with_parent()
+    die_with_parent(parent)
 
 
 def _pack_numbered(number: int) -> Packed:

@@ -2,7 +2,8 @@
 
 A shard set is a folder:
 
-    shard-000000.tar ...   uncompressed tar; two members a sample: <key>.jpg (the original bytes), <key>.json
+    shard-000000.tar ...   uncompressed tar; two members a sample: <key>.jpg (the original bytes), <key>.json; in
+                           shards of others that data_tools.index took, <key>.jpeg or <key>.png, too
     index.npy              one INDEX_DTYPE record a sample, in the order of the shards: where its bytes are
     manifest.json          classes, shards with their sha256, counts, fingerprint; written last, so that a set
                            without a manifest is an unfinished one
@@ -74,6 +75,10 @@ class Sample:
             count = len(sample.boxes_xyxy_px)
             per_box = (sample.labels, sample.category_ids, sample.areas, sample.iscrowd,
                        sample.annotation_ids, sample.segmentation)  # fmt: skip
+            if {type(values) for values in (sample.boxes_xyxy_px, *per_box)} != {list}:
+                raise ValueError("what should be a list is none")
+            if type(sample.file_name) is not str:
+                raise ValueError("file_name is no text")
             if {len(values) for values in per_box} != {count}:
                 raise ValueError("its lists differ in length")
             if not set(map(len, sample.boxes_xyxy_px)) <= {4}:
@@ -85,7 +90,7 @@ class Sample:
             if not set(map(type, itertools.chain(sample.areas, *sample.boxes_xyxy_px))) <= {int, float}:
                 raise ValueError("a box or an area is not a number")
             return sample
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"not a sample's JSON: {error}") from error
 
 

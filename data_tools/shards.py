@@ -88,7 +88,10 @@ def write_manifest(
     index = np.array(list(numbered), dtype=INDEX_DTYPE)
     buffer = io.BytesIO()
     np.save(buffer, index)
-    (folder / INDEX).write_bytes(buffer.getvalue())
+    unfinished = folder / f"{INDEX}.tmp"
+    unfinished.write_bytes(buffer.getvalue())
+    sync(unfinished)
+    os.replace(unfinished, folder / INDEX)
     index_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
     shards, boxes = [one.shard for one in written], int(index["boxes"].sum())
     manifest = Manifest(classes, shards, len(index), boxes, index_sha256, dict(sorted(repairs.items())))

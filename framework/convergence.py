@@ -138,7 +138,7 @@ def protocol(method: list[Curve], schedules: list[list[Curve]]) -> dict[str, Any
     """The shortest complete schedule of the baseline whose final AP reaches the method's, in the method's epochs.
 
     Final APs are means over seeds. Valid only if the longest schedule ends within NEAR_ENOUGH of the method's AP, or at
-    HALF of it and flat: it gained less than FLAT over the last fifth before its learning rate dropped. What is not
+    HALF of it and flat: no seed moved by FLAT over the last fifth before its learning rate dropped. What is not
     valid has no ratio. Raises InputError: a run does not say its epochs.
     """
     target, length = final(method), epochs_of(method)
@@ -149,7 +149,7 @@ def protocol(method: list[Curve], schedules: list[list[Curve]]) -> dict[str, Any
     ]  # fmt: skip
     longest = max(schedules, key=epochs_of)
     gains = [gain_before_drop(curve) for curve in longest]
-    flat = None not in gains and statistics.mean(gain for gain in gains if gain is not None) < FLAT
+    flat = all(gain is not None and abs(gain) < FLAT for gain in gains)
     share = final(longest) / target if target else 0.0
     valid = share >= NEAR_ENOUGH or (flat and share >= HALF)
     ratio = next((row["times"] for row in table if row["AP"] >= target), None) if valid else None

@@ -38,15 +38,18 @@ def alone_in(folder: Path, advice: str) -> Iterator[None]:
     Raises:
         UsageError: another process holds it; ends with the advice.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{folder}: another process is writing it; wait for it, or {advice}") from error
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(descriptor)
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"{folder}: another process is writing it; wait for it, or {advice}") from error
+            except OSError:
+                pass
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(descriptor).st_ino == folder.stat().st_ino:  # not renamed or removed before it was locked
+                    yield
+                    return

@@ -21,7 +21,7 @@ import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from data_tools.pixels import to_8_bit
+from data_tools.pixels import FORMATS, to_8_bit
 from data_tools.sample import Sample
 from framework.data.batch import Example
 from framework.errors import InputError
@@ -158,7 +158,7 @@ def decode_rgb(data: bytes, backend: Backend = "fast") -> np.ndarray:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
                 return simplejpeg.decode_jpeg(data, colorspace="RGB")
-        except ValueError:
+        except (ValueError, KeyError, RuntimeError):
             pass  # damaged, or of a kind that it does not take: Pillow decides, and says what is wrong
     return np.asarray(decode(data))
 
@@ -166,7 +166,7 @@ def decode_rgb(data: bytes, backend: Backend = "fast") -> np.ndarray:
 def decode(data: bytes) -> Image.Image:
     """Any image file as 8-bit RGB, by Pillow. Raises InputError."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
             return to_8_bit(image).convert("RGB")
     except UnidentifiedImageError as error:  # its own words name an address in memory: not the same on all ranks

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import socket
 import time
 from dataclasses import replace
@@ -120,8 +121,12 @@ def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
     assert len(json.loads((small / "recorded/cpu/convergence.json").read_text())["protocol"]["schedules"]) == 4
     assert Image.open(small / "recorded/cpu/attention.png").width > 500
 
+    two = one.plan("reported", 2)[-1]  # of a second seed, of which the rest is missing
+    shutil.copytree(one.recorded(replace(two, seed=1)), one.recorded(two))
     assert experiment.main(list(plain)) == 0
     assert "starts" not in capfd.readouterr().out
+    protocol = json.loads((small / "recorded/cpu/convergence.json").read_text())["protocol"]
+    assert {row["seeds"] for row in protocol["schedules"]} == {protocol["seeds"]} == {1}
 
     with alone_in(one.work, ""), pytest.raises(UsageError, match="another process is writing it"):
         experiment.main(list(plain))

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from framework.data import transforms
@@ -191,11 +192,35 @@ def test_boxes_are_clipped_and_lost_ones_marked():
 @pytest.mark.parametrize("size_wh", [(64, 48), (33, 17), (1, 1), (8, 200)])
 @pytest.mark.parametrize("settings", [dict(), dict(subsampling=0), dict(subsampling=1), dict(progressive=True),
                                       dict(quality=5), dict(optimize=True, quality=100)])  # fmt: skip
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_fast_decoding_gives_pillows_bits(size_wh, settings, mode):
     noise = np.random.default_rng(0).integers(0, 256, (size_wh[1], size_wh[0], 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise).convert(mode), "JPEG", **settings)
     assert np.array_equal(decode_rgb(data), np.asarray(decode(data)))
+
+
+def test_what_simplejpeg_has_no_name_for_goes_to_pillow():
+    """Luma sampled 1 x 4: legal, and Pillow reads it."""
+    data = encoded(Image.new("L", (16, 16), 90).convert("RGB"), "JPEG", subsampling=0)
+    at = data.index(b"\xff\xc0") + 11
+    assert data[at] == 0x11
+    odd = data[:at] + b"\x14" + data[at + 1 :]
+    with pytest.raises(KeyError):
+        simplejpeg.decode_jpeg_header(odd)
+    try:
+        expected = np.asarray(decode(odd))
+    except InputError:
+        with pytest.raises(InputError, match="not a readable image"):
+            decode_rgb(odd)
+    else:
+        assert np.array_equal(decode_rgb(odd), expected)
+
+
+def test_formats_that_start_programs_are_not_read(monkeypatch):
+    eps = encoded(Image.new("RGB", (9, 9)), "EPS")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(InputError, match="not a readable image"):
+        decode_rgb(eps)
 
 
 def test_fast_decoding_is_simplejpegs(monkeypatch):

@@ -130,6 +130,8 @@ def test_an_exchanged_index_is_found(shards, capsys):
         ({"iscrowd": [2]}, "iscrowd 2"),
         ({"areas": [float("inf")]}, "area inf"),
         ({"areas": []}, "not a sample's JSON: its lists differ in length"),
+        ({"areas": {}}, "not a sample's JSON: what should be a list is none"),
+        ({"file_name": 3}, "not a sample's JSON: file_name is no text"),
         ({"annotation_ids": [1]}, "annotation id 1 occurs twice"),
         ({"width": 39}, "the image is 40x30, the index says 39x30"),
     ],

@@ -148,6 +148,7 @@ def without(name):
 
 
 BAD_ANNOTATIONS = {
+    "deep": ("[" * 100_000, r"instances\.json: not JSON"),
     "not JSON": ("{'images'", r"instances\.json: not JSON .*expected COCO's instances format"),
     "a list": ([1], "a JSON list; expected COCO's"),
     "predictions": ([{"image_id": 1, "score": 0.5}], "a JSON list; expected COCO's"),
@@ -158,6 +159,8 @@ BAD_ANNOTATIONS = {
     "an entry of another type": (coco() | {"images": ["photo.jpg"]}, r"images\[0\] is 'photo.jpg', expected an object"),
     "a text as id": (edited("images", 0, id="10"), r"images\[0\] has id '10', expected int"),
     "zero size": (edited("images", 1, width=0), r"images\[1\] \(id 11\) has the size 0x40, expected a pixel"),
+    "a name that no file has": (edited("images", 1, file_name="a\0b.jpg"), "expected a file inside"),
+    "a name of half a character": (edited("images", 1, file_name="\ud800.jpg"), "expected a file inside"),
     "a name outside": (edited("images", 1, file_name="../x.jpg"), r"file_name '../x.jpg', expected a file inside"),
     "an image id twice": (edited("images", 1, id=10), r"images\[1\] has id 10 like one before it; correct it"),
     "a category id twice": (edited("categories", 1, id=7), r"categories\[1\] has id 7 like one before it"),
@@ -318,11 +321,11 @@ def killed_in(module, name, call, *arguments):
     def run():
         function, calls = getattr(module, name), []
 
-        def deadly(*args):
+        def deadly(*args, **named):
             calls.append(name)
             if len(calls) == call:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args)
+            return function(*args, **named)
 
         setattr(module, name, deadly)
         convert.main(list(arguments))
@@ -347,17 +350,15 @@ def test_a_killed_conversion_goes_on(module, name, call, source, tmp_path, monke
     assert not out.exists()
     assert (tmp_path / "out.partial").is_dir()
     (tmp_path / "out.partial" / "old.tmp").write_text("left by something else")
-    finished = {path.name for path in (tmp_path / "out.partial").glob("*.tar.json")}
-    assert len(finished) == {"read_image": 1, "_write_note": call - 1, "sync": 1}.get(
-        name, 0 if name == "commit" else 4
-    )
+    finished = {path.name for path in (tmp_path / "out.partial").glob("*.note.json")}
+    assert len(finished) == {"read_image": 1, "_write_note": call - 1, "sync": 1}.get(name, 4)
     written = []
     write = pack.write_shard
     monkeypatch.setattr(pack, "write_shard", lambda *args: written.append(args[1]) or write(*args))
     if name == "commit":
         (tmp_path / "out.partial" / "shard-000000.tar").write_bytes(b"damaged by the crash")
     assert convert.main(asked) == 0
-    assert len(written) == (4 if name == "commit" else 4 - len(finished))
+    assert len(written) == (1 if name == "commit" else 4 - len(finished))
     convert.main(arguments(source, tmp_path / "undisturbed", "--shard-mib", "1"))
     assert content(out) == content(tmp_path / "undisturbed")
     assert not (tmp_path / "out.partial").exists()
@@ -367,7 +368,7 @@ def test_what_changed_meanwhile_is_converted_again(source, tmp_path, monkeypatch
     monkeypatch.setattr(convert, "MIB", 4096)
     asked = arguments(source, tmp_path / "out", "--shard-mib", "1", "--workers", "1")
     assert killed_in(convert, "write_manifest", 1, *asked) == -signal.SIGKILL
-    note = tmp_path / "out.partial" / "shard-000003.tar.json"
+    note = tmp_path / "out.partial" / "shard-000003.tar.note.json"
     note.write_text(note.read_text()[:-9])  # and one that a crash cut off
     pixels(*SIZES_WH[1], seed=99).save(source / "images" / "photo.1.jpg")
     written = []
@@ -391,7 +392,14 @@ def test_workers_change_no_byte(workers, source, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="2 faults, nothing was written") as error:
         convert.main(arguments(source, tmp_path / "bad", "--shard-mib", "1", "--workers", str(workers)))
     assert str(error.value).index("photo.0.jpg") < str(error.value).index("photo.3.jpg")
-    assert not (tmp_path / "bad").exists() and not (tmp_path / "bad.partial").exists()
+    assert not (tmp_path / "bad").exists() and len(list((tmp_path / "bad.partial").glob("*.note.json"))) == 2
+    for n in (0, 3):
+        pixels(*SIZES_WH[n], seed=n).save(source / "images" / f"photo.{n}.jpg")
+    written = []
+    write = pack.write_shard
+    monkeypatch.setattr(pack, "write_shard", lambda *args: written.append(args[1]) or write(*args))
+    assert convert.main(arguments(source, tmp_path / "bad", "--shard-mib", "1", "--workers", "1")) == 0
+    assert written == [0, 3] and content(tmp_path / "bad").keys() == content(tmp_path / "one").keys()
 
 
 def test_a_killed_worker_is_told_and_its_command_goes_on(source, tmp_path, monkeypatch):
@@ -454,7 +462,7 @@ def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert.main(arguments(source, tmp_path / "out"))
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "out.partial"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}  # nothing was finished
     monkeypatch.undo()
     assert convert.main(arguments(source, tmp_path / "out")) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}

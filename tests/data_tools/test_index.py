@@ -84,9 +84,58 @@ def test_all_faults_are_told_and_nothing_is_written(theirs, ours, tmp_path):
     told = str(error.value)
     for fault in ("20 has no JSON", "21 has no image", "22.txt is neither an image", "23: not a whole image",
                   "24: image_id 10 is in part-9.tar too", "25: not a sample's JSON", "25.jpg is the second image of 25",
-                  "26.jpg is a link", "part-11.tar: cut off in", "part-12.tar: not a whole tar file"):  # fmt: skip
+                  "26.jpg is a link", "part-11.tar: not a whole tar file (cut off in",
+                  "part-12.tar: not a whole tar file"):  # fmt: skip
         assert fault in told, fault
     assert not (theirs / MANIFEST).exists() and not (theirs / INDEX).exists()
+
+
+def flipped(data):
+    """A bit in the header of the third member."""
+    at = data.index(b"./photos/11.json")
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def resized(size):
+    """The third member's size, as a number of base 256, with its checksum."""
+
+    def damage(data):
+        at = data.index(b"./photos/11.json")
+        header = bytearray(data[at : at + 512])
+        header[124:136] = (size % 2**96).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        return data[:at] + bytes(header) + data[at + 512 :]
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flipped, lambda data: data[: data.index(b"./photos/11.json")], lambda data: data + data,
+     lambda data: data[:-10240], lambda data: data.rstrip(b"\0"), resized(-1), resized(-512), resized(-1024),
+     resized(2**33), resized(2**70)],
+)  # fmt: skip
+def test_samples_do_not_vanish_behind_damage(theirs, tmp_path, damage):
+    """tarfile ends in silence, for ever, or with any error there."""
+    path = theirs / "part-9.tar"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=r"part-9.tar: (not a whole tar file|.*has no)"):
+        indexed(theirs, tmp_path)
+    assert not (theirs / MANIFEST).exists()
+
+
+def test_folders_and_capitals(theirs, tmp_path):
+    with tarfile.open(theirs / "part-11.tar", "w") as tar:
+        folder = tarfile.TarInfo("photos")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        (image, sample), *_ = samples(tmp_path / "ours")
+        add(tar, "photos/77.JPG", image)
+        renamed = sample.to_json().replace(b'"image_id":10', b'"image_id":77')
+        add(tar, "photos/77.JSON", renamed.replace(b'"annotation_ids":[5,6]', b'"annotation_ids":[71,72]'))
+    assert indexed(theirs, tmp_path) == 0
+    assert check.main([str(theirs)]) == 0
 
 
 def test_labels_that_are_no_class(theirs, tmp_path):
