@@ -74,6 +74,15 @@ def test_the_sweep_decides(tmp_path, monkeypatch):
     assert {run.lr for run in one.plan("more", 1) if run.model == "two-stage"} == {8e-4}
 
 
+def test_the_docs_quote_the_recorded_runs():
+    found = json.loads((ROOT / "docs/results/convergence/cpu/convergence.json").read_text())["protocol"]
+    longest = found["schedules"][-1]
+    text = " ".join((ROOT / "docs/convergence.md").read_text().split())
+    assert (f"Deformable DETR ended at AP {100 * found['AP']:.1f} after {found['epochs']:g} epochs, DETR-DC5 at "
+            f"{100 * longest['AP']:.1f} after {longest['epochs']:g}") in text  # fmt: skip
+    assert ("there is no ratio yet" in text) == (found["ratio"] is None)
+
+
 def test_names_are_unique():
     runs = {run for part in experiment.PARTS for run in experiment.plan(part, CPU, 3, CPU.chosen)}
     assert len({run.name for run in runs}) == len(runs)
