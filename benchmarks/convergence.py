@@ -33,6 +33,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.real_data import DATA
 from benchmarks.results import ROOT, machine, today, write
 from data_tools.sample import read_manifest
 from framework import convergence
@@ -44,7 +45,7 @@ from framework.tracking.console import setup_logging, write_json
 from framework.tracking.curves import read_curve
 from framework.tracking.run_folder import different_keys
 
-DATA = Path(os.environ.get("TENFOLD_DATA", ROOT.parent / "shared" / "data")).resolve()
+DATA = DATA.resolve()  # before the command changes its folder
 RECORDED = ROOT / "docs" / "results" / "convergence"
 LOOKED_AT = (1, 5, 20)  # epochs
 PHOTOGRAPHS = ("aquarium", "deeppcb")

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.annotations import short
+from data_tools.files import IMAGE_SUFFIXES
 from data_tools.pixels import FORMATS
 from data_tools.sample import (
     INDEX,
@@ -39,7 +40,6 @@ EXAMPLE = """example:
 A folder with train/ and val/ in it has both checked. Exit code 1: the faults are listed, one a line."""
 
 Members = dict[int, tuple[str, int]]  # of a tar file: where the data begins -> name, length
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LEAST_END_BYTES = 1024  # of zeros that end a tar file
 
 

@@ -5,7 +5,6 @@ each shard -> members -> pairs of image and JSON -> records; all faults are told
 
 import argparse
 import json
-import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +13,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_tools.check import IMAGE_SUFFIXES, image_faults, json_faults, key_and_kind, read_members
+from data_tools.check import image_faults, json_faults, key_and_kind, read_members
 from data_tools.convert import refuse
+from data_tools.files import IMAGE_SUFFIXES
 from data_tools.sample import INDEX, INDEX_DTYPE, MANIFEST, Category, Sample, Shard
 from data_tools.shards import WrittenShard, write_manifest
 from framework.errors import InputError, UsageError, command
-from framework.files import alone_in, crc32, sha256_of
+from framework.files import alone_in, by_numbers, crc32, sha256_of
 from framework.tracking.console import progress, setup_logging
 
 EXAMPLE = """example:
   python -m data_tools.index shards/theirs --categories annotations/instances_train2017.json
 
 Shards are plain tar files, *.tar, in the order of the numbers in their names. A sample is two members of one key, the
-name up to its first dot: an image (.jpg, .jpeg or .png) and a .json as data_tools.convert writes it: image_id,
+name up to its first dot: an image (.jpg, .png, ...) and a .json as data_tools.convert writes it: image_id,
 file_name, width, height, boxes_xyxy_px, labels, category_ids, areas, iscrowd, annotation_ids, segmentation. Labels
 count the categories by their ids, from 0."""
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     setup_logging(None, is_main=True)
     classes = read_categories(args.categories)
-    paths = sorted(args.shards.glob("*.tar"), key=lambda path: _numbers(path.name))
+    paths = sorted(args.shards.glob("*.tar"), key=lambda path: by_numbers(path.name))
     if not paths:
         raise UsageError(f"{args.shards}: no *.tar in it (compressed ones cannot be read from the middle: unpack them)")
     written: list[WrittenShard] = []
@@ -171,11 +171,6 @@ def check_numbers(sample: Sample) -> None:
         raise InputError(f"image_id {sample.image_id}, expected 0 to 2^63 - 1")
     if not (0 < sample.width < 2**31 and 0 < sample.height < 2**31):
         raise InputError(f"a size of {sample.width}x{sample.height}, expected a pixel at least")
-
-
-def _numbers(name: str) -> list[tuple[int, str]]:
-    """To sort names by: 9 before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ try:
 except ImportError:
     from zlib import crc32
 
-__all__ = ["alone_in", "crc32", "sha256_of", "sync"]
+__all__ = ["alone_in", "by_numbers", "crc32", "sha256_of", "sync"]
 
 
 def sha256_of(path: Path) -> str:
@@ -53,3 +54,8 @@ def alone_in(folder: Path, advice: str) -> Iterator[None]:
                 if os.fstat(descriptor).st_ino == folder.stat().st_ino:  # not renamed or removed before it was locked
                     yield
                     return
+
+
+def by_numbers(name: str) -> list[tuple[int, str]]:
+    """To sort file names by: the numbers in them as numbers, 9 before 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,7 +1,6 @@
 """Scalars out of TensorBoard's event files, those of runs that were killed and went on included."""
 
 import gzip
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.util.tensor_util import make_ndarray
 
 from framework.errors import InputError, UsageError
+from framework.files import by_numbers
 
 
 @dataclass
@@ -39,7 +39,7 @@ def read_scalars(folder: str | Path) -> Scalars:
         UsageError: there is no such folder, or no event file in it.
         InputError: a file is not an event file, or ends inside its first record.
     """
-    paths = sorted(Path(folder).rglob("*tfevents*"), key=lambda path: (_numbers(path.name), str(path)))
+    paths = sorted(Path(folder).rglob("*tfevents*"), key=lambda path: (by_numbers(path.name), str(path)))
     if not paths:
         raise UsageError(f"{folder}: found no event file (*tfevents*) in it, expected a run folder or TensorBoard's")
     merged = Scalars()
@@ -68,11 +68,6 @@ def read_scalars(folder: str | Path) -> Scalars:
     for tag, steps in merged.values.items():
         merged.values[tag] = dict(sorted(steps.items()))
     return merged
-
-
-def _numbers(name: str) -> list[tuple[int, str]]:
-    """To sort by: a time, and of one process's files of one second a counter, 9 before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _forget_from(scalars: Scalars, step: int) -> None:
