@@ -80,6 +80,9 @@ def test_the_docs_quote_the_recorded_runs():
     text = " ".join((ROOT / "docs/convergence.md").read_text().split())
     assert (f"Deformable DETR ended at AP {100 * found['AP']:.1f} after {found['epochs']:g} epochs, DETR-DC5 at "
             f"{100 * longest['AP']:.1f} after {longest['epochs']:g}") in text  # fmt: skip
+    seen = [json.loads(path.read_text())["AP"] for path in sorted(
+        (ROOT / "docs/results/convergence/cpu/on-training-images").glob("*.json"))]  # fmt: skip
+    assert f"DETR-DC5 has AP {100 * seen[1]:.1f}, Deformable DETR {100 * seen[0]:.1f}" in text
     assert ("there is no ratio yet" in text) == (found["ratio"] is None)
 
 
