@@ -6,8 +6,8 @@ Shapes of benchmarks.op: the encoder with the initial offsets (a direction for e
 and of 4 pixels, and with points anywhere, the worst case; the decoder. float32, bfloat16, float16; forward, and
 backward to value, offsets and logits. Each side works on several sets of inputs in turn, together larger than the
 caches. `fused` as it runs; `by corners`: without the sums by pixels; `deterministic`; `core`: ops.ms_deform_attn, with
-softmax and locations in torch; `stacked`: grid_sample, and the same through torch.compile (one image); and the
-published kernels that a flag names a folder of (benchmarks/rivals.py). A side that raises says why instead of figures.
+softmax and locations in torch; `stacked`: grid_sample (one image), and, once, through torch.compile; and the published
+kernels that a flag names a folder of (benchmarks/rivals.py). A side that raises says why instead of figures.
 Shares of ceilings that are measured in the same run: `of memory`, the bytes that must be moved once, of a copy's speed;
 `of gathers`, the rows of all corners, and `of adds`, their gradients, of the speeds of benchmarks/ceilings.cu near each
 other (decoder: anywhere). More than 1: neighbours shared what they read, or summed before they added.
@@ -41,6 +41,7 @@ CACHES_BYTES = 100e6  # of the largest GPU in use: 50 MB on an H100, twice for w
 RUNS, REPEATS = 10, 5
 AHEAD_CYCLES = 20_000_000  # about 10 ms
 Settings = Callable[[], AbstractContextManager]
+Sides = dict[str, tuple[Run, Settings]]
 Rivals = dict[str, tuple[Run, tuple[torch.dtype, ...]]]
 
 
@@ -58,12 +59,17 @@ def main(argv: list[str] | None = None) -> int:
     print(ceilings, flush=True)
     rows: list[dict[str, Any]] = []
     line = " ".join(["python -m benchmarks.op_gpu", *(f"--{name} DIR" for name in rivals)])
-    for shape in ("encoder, noise 1", "encoder, noise 4", "encoder, anywhere", "decoder"):
-        for batch in args.batches:
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                rows += rows_of(shape, batch, dtype, device, ceilings, rivals)
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for batch in args.batches:
+        for shape in ("encoder, noise 1", "encoder, noise 4", "encoder, anywhere", "decoder"):
+            for dtype in dtypes:
+                rows += rows_of(shape, batch, dtype, device, ceilings, sides(batch, dtype, rivals))
                 print(rows[-1], flush=True)
                 write("gpu-op", TITLE_ON_GPU, "times", {"sides": rows} | ceilings, line)  # each time: it may be stopped
+    for dtype in dtypes[:2]:  # last, since it is compiled for longer than all others take
+        given = {"fused": sides(1, dtype, {})["fused"], "stacked, compiled": (compiled_stacked(), nullcontext)}
+        rows += rows_of("encoder, noise 1", 1, dtype, device, ceilings, given)
+        write("gpu-op", TITLE_ON_GPU, "times", {"sides": rows} | ceilings, line)
     return 0
 
 
@@ -81,7 +87,7 @@ def measured_ceilings(device: torch.device) -> dict[str, float]:
     return {"copy, GB/s": speed_of_copy(device) / 1e9} | json.loads(found)
 
 
-def sides(batch: int, dtype: torch.dtype, rivals: Rivals) -> dict[str, tuple[Run, Settings]]:
+def sides(batch: int, dtype: torch.dtype, rivals: Rivals) -> Sides:
     """What to run, and in which settings."""
 
     def fused(tensors: list[Tensor]) -> Tensor:
@@ -91,14 +97,14 @@ def sides(batch: int, dtype: torch.dtype, rivals: Rivals) -> dict[str, tuple[Run
         value, *others = tensors
         return compiled.ms_deform_attn(value, SIZES_HW, *reference.sampling(*others, SIZES_HW, torch.float32))
 
-    given: dict[str, tuple[Run, Settings]] = {
+    given: Sides = {
         "fused": (fused, nullcontext),
         "by corners": (fused, by_corners),
         "deterministic": (fused, deterministic),
         "core": (core, nullcontext),
     }
-    if batch == 1:  # they need seconds, and gigabytes
-        given |= {"stacked": (stacked, nullcontext), "stacked, compiled": (compiled_stacked(), nullcontext)}
+    if batch == 1:  # it needs gigabytes
+        given["stacked"] = stacked, nullcontext
     return given | {name: (run, nullcontext) for name, (run, dtypes) in rivals.items() if dtype in dtypes}
 
 
@@ -127,10 +133,9 @@ def deterministic():
 
 
 def rows_of(
-    shape: str, batch: int, dtype: torch.dtype, device: torch.device, ceilings: dict[str, float], rivals: Rivals
+    shape: str, batch: int, dtype: torch.dtype, device: torch.device, ceilings: dict[str, float], given: Sides
 ) -> list[dict[str, Any]]:
     sets = input_sets(shape, batch, dtype, device)
-    given = sides(batch, dtype, rivals)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in given}
     failed: dict[str, str] = {}
     for _ in range(REPEATS):  # in turn
@@ -234,7 +239,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def speed_of_copy(device: torch.device) -> float:
-    source = torch.zeros(2**28 if device.type == "cuda" else 2**22, device=device)
+    source = torch.rand(2**28 if device.type == "cuda" else 2**22, device=device)  # zeros go faster
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source), device) for _ in range(9))
