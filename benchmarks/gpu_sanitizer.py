@@ -10,11 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.results import ROOT
 from framework.errors import FAILED, UsageError, command
 
-TESTS = "boxes and (a_query_for_each_pixel or deterministic_backward)"
+TOOLS = "memcheck", "racecheck", "synccheck"
+TESTS = "boxes and (a_query_for_each_pixel and 16 or deterministic_backward and 32)"
 
 
 def main() -> int:
@@ -23,18 +25,23 @@ def main() -> int:
         raise UsageError("compute-sanitizer, of a CUDA toolkit, is not on the PATH")
     # From torch's cache memory comes in large pieces, in which the sanitizer sees no bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    clean = True
-    for tool in ("memcheck", "racecheck", "synccheck"):
-        run = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", "--target-processes", "all"]
-        run += [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "tests/ops/test_cuda.py", "-k", TESTS]
-        result = subprocess.run(
-            run, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+
+    def run(tool: str) -> "subprocess.CompletedProcess[str]":
+        line = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", "--target-processes", "all"]
+        line += [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "tests/ops/test_cuda.py", "-k", TESTS]
+        return subprocess.run(
+            line, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        print(f"{tool}: {'clean' if result.returncode == 0 else f'exit code {result.returncode}'}")
-        if result.returncode:
-            print(result.stdout[-4000:])
-            clean = False
-    return 0 if clean else FAILED
+
+    with ThreadPoolExecutor() as pool:  # side by side: most of the time goes to starting
+        results = dict(zip(TOOLS, pool.map(run, TOOLS), strict=True))
+    failed = {tool: result for tool, result in results.items() if result.returncode}
+    for result in failed.values():
+        print(result.stdout[-4000:])
+    print(
+        ", ".join(f"{tool}: {f'exit code {failed[tool].returncode}' if tool in failed else 'clean'}" for tool in TOOLS)
+    )
+    return FAILED if failed else 0
 
 
 if __name__ == "__main__":
