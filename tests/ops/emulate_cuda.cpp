@@ -80,16 +80,16 @@ template <class V, int kWidth, int kMost, Adds kAdds>
 static bool tiled(Problem p, double tolerance) {
   p.E = kWidth;
   return same<V, float>(p, tolerance, kAdds == Adds::kFixed, [](const Problem& p, const Levels& levels) {
-    using G = Group<V, kWidth, kMost>;
-    constexpr int queries = G::kQueries;
-    const Tiles tiles = tiles_of(p, queries);
-    const int bytes = Stage::bytes_of_query(static_cast<int>(p.L * p.P)) * queries;
-    const size_t more = bytes + sizeof(typename Bins<G>::Shared);
+    using F = ForwardGroup<V, kWidth, kMost>;
+    using G = BackwardGroup<V, kWidth, kMost>;
+    const Tiles forward = tiles_of(p, F::kQueries), backward = tiles_of(p, G::kQueries);
+    const int points = static_cast<int>(p.L * p.P);
+    const size_t more = kAdds == Adds::kPixels ? sizeof(typename Bins<G>::Shared) : 0;
     // Fewer rows of blocks than heads: each has several turns.
-    const emulated::Index grid{tiles.count, 3};
-    return emulated::launch(grid, kTiledThreads, bytes, [&] { tiled_forward<V, kWidth, kMost>(p, levels, tiles); }) &&
-           emulated::launch(grid, kTiledThreads, kAdds == Adds::kPixels ? more : bytes, [&] {
-             tiled_backward<V, kWidth, kMost, kAdds>(p, levels, tiles);
+    return emulated::launch({forward.count, 3}, F::kThreads, Stage<F>::bytes_of_query(points) * F::kQueries, [&] {
+             tiled_forward<V, kWidth, kMost>(p, levels, forward);
+           }) && emulated::launch({backward.count, 3}, G::kThreads, Stage<G>::bytes_of_query(points) * G::kQueries + more, [&] {
+             tiled_backward<V, kWidth, kMost, kAdds>(p, levels, backward);
            });
   });
 }
@@ -124,11 +124,11 @@ static int64_t adds_of_encoder() {
   inputs.set(p), outputs.set(p);
   Levels of_kernel;
   for (int l = 0; l < p.L; ++l) of_kernel.level[l] = p.levels_L[l];
-  using G = Group<bfloat16, 32, 16>;
-  const size_t bytes = Stage::bytes_of_query(8) * G::kQueries + sizeof(Bins<G>::Shared);
+  using G = BackwardGroup<bfloat16, 32, 16>;
+  const size_t bytes = Stage<G>::bytes_of_query(8) * G::kQueries + sizeof(Bins<G>::Shared);
   const Tiles tiles = tiles_of(p, G::kQueries);
   float_adds = 0;
-  emulated::launch(emulated::Index{tiles.count, 1}, kTiledThreads, bytes, [&] {
+  emulated::launch({tiles.count, 1}, G::kThreads, bytes, [&] {
     tiled_backward<bfloat16, 32, 16, kAdds>(p, of_kernel, tiles);
   });
   return float_adds;

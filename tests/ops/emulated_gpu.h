@@ -100,6 +100,11 @@ T __shfl_xor_sync(unsigned, T number, int distance) {
   return other;
 }
 
+inline bool __any_sync(unsigned, bool number) {
+  for (int distance = 1; distance < 32; distance *= 2) number |= __shfl_xor_sync(0xffffffffu, number, distance);
+  return number;
+}
+
 inline int64_t float_adds = 0;
 
 template <class A>

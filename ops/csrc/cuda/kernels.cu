@@ -55,21 +55,29 @@ const char* launch(const Problem& p, int device, const Launch& with) {
 
 using Tiled = void (*)(Problem, Levels, Tiles);
 
+// A kernel, and the threads and queries of its blocks.
+struct Tiling {
+  Tiled kernel = nullptr;
+  int threads = 0, queries = 0;
+  int (*bytes_of_query)(int points) = nullptr;  // of shared memory
+  int more_bytes = 0;
+};
+
 struct TiledKernels {
-  Tiled forward = nullptr, by_corners = nullptr, by_pixels = nullptr, fixed = nullptr;
-  int queries = 0;      // of a block
-  int bytes_of_bins = 0;
+  Tiling forward, by_corners, by_pixels, fixed;
 };
 
 template <class V, int kWidth, int kMost>
 TiledKernels tiled_of() {
-  using G = Group<V, kWidth, kMost>;
-  return {tiled_forward<V, kWidth, kMost>,
-          tiled_backward<V, kWidth, kMost, Adds::kCorners>,
-          tiled_backward<V, kWidth, kMost, Adds::kPixels>,
-          tiled_backward<V, kWidth, kMost, Adds::kFixed>,
-          G::kQueries,
-          sizeof(typename Bins<G>::Shared)};
+  using F = ForwardGroup<V, kWidth, kMost>;
+  using G = BackwardGroup<V, kWidth, kMost>;
+  const auto backward = [](Tiled kernel, int more_bytes = 0) {
+    return Tiling{kernel, G::kThreads, G::kQueries, Stage<G>::bytes_of_query, more_bytes};
+  };
+  return {{tiled_forward<V, kWidth, kMost>, F::kThreads, F::kQueries, Stage<F>::bytes_of_query},
+          backward(tiled_backward<V, kWidth, kMost, Adds::kCorners>),
+          backward(tiled_backward<V, kWidth, kMost, Adds::kPixels>, sizeof(typename Bins<G>::Shared)),
+          backward(tiled_backward<V, kWidth, kMost, Adds::kFixed>)};
 }
 
 template <class V, int kWidth>
@@ -91,22 +99,21 @@ TiledKernels tiled_for(const Problem& p) {
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 // False where this problem, or this GPU, is not for the tiled kernels: nothing is started then.
-bool start_tiled(Tiled kernel, int queries, const Problem& p, const Levels& levels, cudaStream_t stream,
-                 int more_bytes = 0) {
-  if (!kernel || p.Q > INT32_MAX / 2 || p.B * p.M > INT32_MAX || p.S * p.M * p.E > UINT32_MAX / 4) return false;
+bool start_tiled(const Tiling& with, const Problem& p, const Levels& levels, cudaStream_t stream) {
+  if (!with.kernel || p.Q > INT32_MAX / 2 || p.B * p.M > INT32_MAX || p.S * p.M * p.E > UINT32_MAX / 4) return false;
   for (const void* address : {p.value_BSME, static_cast<const void*>(p.out_BQME), p.grad_out_BQME,
                               static_cast<const void*>(p.grad_value_BSME)}) {
     if (!aligned(address)) return false;
   }
-  const int bytes = Stage::bytes_of_query(static_cast<int>(p.L * p.P)) * queries + more_bytes;
-  if (bytes > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
+  const int bytes = with.bytes_of_query(static_cast<int>(p.L * p.P)) * with.queries + with.more_bytes;
+  if (bytes > 48 * 1024 && cudaFuncSetAttribute(with.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
     cudaGetLastError();  // this GPU has not so much; the next launch is not to find that error
     return false;
   }
-  const Tiles tiles = tiles_of(p, queries);
+  const Tiles tiles = tiles_of(p, with.queries);
   constexpr int64_t kMostRows = 65535;  // of a grid
   const dim3 grid(tiles.count, static_cast<unsigned>(p.B * p.M < kMostRows ? p.B * p.M : kMostRows));
-  kernel<<<grid, kTiledThreads, bytes, stream>>>(p, levels, tiles);
+  with.kernel<<<grid, with.threads, bytes, stream>>>(p, levels, tiles);
   return true;
 }
 
@@ -118,7 +125,7 @@ const char* forward_cuda(const Problem& p, int device, void* on) {
     using A = decltype(sum);
     const auto stream = static_cast<cudaStream_t>(on);
     const TiledKernels tiled = tiled_for<V>(p);
-    if (start_tiled(tiled.forward, tiled.queries, p, levels, stream)) return;
+    if (start_tiled(tiled.forward, p, levels, stream)) return;
     forward_kernel<V, A><<<blocks_for(p.B * p.Q * p.M * p.E), kThreads, 0, stream>>>(p, levels);
   });
 }
@@ -140,11 +147,8 @@ const char* backward_cuda(const Problem& p, int device, void* on) {
       }
     }
     // Only where queries are pixels do those of a block share many corners.
-    if (p.sum_pixels && p.Q == p.S && !p.largest &&
-        start_tiled(tiled.by_pixels, tiled.queries, p, levels, stream, tiled.bytes_of_bins)) {
-      return;
-    }
-    if (start_tiled(p.largest ? tiled.fixed : tiled.by_corners, tiled.queries, p, levels, stream)) return;
+    if (p.sum_pixels && p.Q == p.S && !p.largest && start_tiled(tiled.by_pixels, p, levels, stream)) return;
+    if (start_tiled(p.largest ? tiled.fixed : tiled.by_corners, p, levels, stream)) return;
     backward_kernel<V, A><<<blocks_for(p.B * p.Q * p.M * kWarp), kThreads, 0, stream>>>(p, levels);
   });
 }

@@ -12,7 +12,8 @@ namespace tenfold {
 namespace {
 
 constexpr int kTiledPoints = 32;   // L*P at most
-constexpr int kTiledThreads = 256;
+// Of a block. How many others do was measured: docs/results/cuda-notes.md.
+constexpr int kForwardThreads = 128, kBackwardThreads = 256;
 
 // The queries of an image, cut in tiles: pixels of the levels, or one line.
 struct Tiles {
@@ -23,15 +24,21 @@ struct Tiles {
   unsigned char level[kTiledPoints];   // of each point: a division takes twenty instructions
 };
 
-// kMost: points of a query, at most.
-template <class V, int kWidth, int kMost>
+// kMost: points of a query, at most. kOfBlock: threads.
+template <class V, int kWidth, int kMost, int kOfBlock>
 struct Group {
+  static constexpr int kThreads = kOfBlock;
   static constexpr int kVector = 16 / sizeof(V);
   static constexpr int kBytes = sizeof(V);
   static constexpr int kLanes = kWidth / kVector;
-  static constexpr int kQueries = kTiledThreads / kLanes;       // of a block
+  static constexpr int kQueries = kThreads / kLanes;            // of a block
   static constexpr int kOwn = kMost / kLanes;               // points of a lane, at most
 };
+
+template <class V, int kWidth, int kMost>
+using ForwardGroup = Group<V, kWidth, kMost, kForwardThreads>;
+template <class V, int kWidth, int kMost>
+using BackwardGroup = Group<V, kWidth, kMost, kBackwardThreads>;
 
 inline Tiles tiles_of(const Problem& p, int queries) {
   Tiles tiles{};
@@ -68,24 +75,47 @@ struct alignas(8) Corners {
   unsigned first, down;
 };
 
-// Points of one query in shared memory. A place more than there are, so that groups of a warp use other banks.
-struct Stage {
-  Four* weights;
-  Corners* corners;
-
+// Points of one query in shared memory. Where point k is depends on the group, so that groups of a warp use other banks:
+// those whose lanes write together, and all of them when each reads its point k.
+template <class G>
+class Stage {
+ public:
+  static __host__ __device__ int places(int points) { return (points + 15) / 16 * 16; }
   static __host__ __device__ int bytes_of_query(int points) {
-    return (points + 1) * static_cast<int>(sizeof(Four) + sizeof(Corners));
+    return places(points) * static_cast<int>(sizeof(Four) + sizeof(Corners));
   }
-  __device__ Stage(char* shared, int points, int queries, int place) {
-    weights = reinterpret_cast<Four*>(shared) + place * (points + 1);
-    corners = reinterpret_cast<Corners*>(shared + sizeof(Four) * queries * (points + 1)) + place * (points + 1);
+  // group: of the block.
+  __device__ Stage(char* shared, int points, int group) {
+    const int first = group * places(points), of_warp = group % (32 / G::kLanes);
+    weights_ = reinterpret_cast<Four*>(shared) + first;
+    corners_ = reinterpret_cast<Corners*>(shared + sizeof(Four) * G::kQueries * places(points)) + first;
+    turn_weights_ = turned(of_warp, 8), turn_corners_ = turned(of_warp, 16);
   }
+  __device__ Four& weights(int k) const { return weights_[k ^ turn_weights_]; }
+  __device__ Corners& corners(int k) const { return corners_[k ^ turn_corners_]; }
+
+ private:
+  // So many lanes write at a time: groups among them get places G::kLanes apart.
+  static __device__ int turned(int group, int lanes) {
+    const int together = lanes > G::kLanes ? lanes / G::kLanes : 1;
+    return (group % together * G::kLanes + group / together) % lanes;
+  }
+  Four* weights_;
+  Corners* corners_;
+  int turn_weights_, turn_corners_;
 };
 
 template <class V>
 struct alignas(16) Pack {
   V of[16 / sizeof(V)];
 };
+
+// The channel that a lane's n-th addition goes to. Lanes beside each other add beside each other, kRun channels at a time:
+// memory adds by 32 bytes, and would take twice as long if each came in two halves.
+template <class G, int kRun>
+__device__ int added_channel(int lane, int n) {
+  return n / kRun * (kRun * G::kLanes) + lane * kRun + n % kRun;
+}
 
 template <class V>
 __device__ Pack<V> load_pack(const char* from) {
@@ -162,7 +192,7 @@ __device__ inline Sample<float> sample_at(const Problem& p, const Levels& levels
 // query: of B*Q; row: of B*Q*M.
 template <class G>
 __device__ void stage_points(const Problem& p, const Levels& levels, const Tiles& tiles, int64_t query, int64_t row,
-                             int lane, const float (&attention)[G::kOwn], const Stage& stage) {
+                             int lane, const float (&attention)[G::kOwn], const Stage<G>& stage) {
   const int points = static_cast<int>(p.L * p.P);
   const unsigned pixel = static_cast<unsigned>(p.M * p.E) * G::kBytes;
 #pragma unroll
@@ -171,10 +201,10 @@ __device__ void stage_points(const Problem& p, const Levels& levels, const Tiles
     if (k >= points) break;
     const Sample<float> at = sample_at(p, levels, tiles, query, row, k);
     const float near = attention[i] * at.y.near_weight, far = attention[i] * at.y.far_weight;
-    stage.weights[k] = {{near * at.x.near_weight, near * at.x.far_weight, far * at.x.near_weight,
+    stage.weights(k) = {{near * at.x.near_weight, near * at.x.far_weight, far * at.x.near_weight,
                          far * at.x.far_weight}};
     const unsigned beside = static_cast<unsigned>(at.x.far - at.x.near);
-    stage.corners[k] = {static_cast<unsigned>(at.pixel[0]) * pixel + beside,
+    stage.corners(k) = {static_cast<unsigned>(at.pixel[0]) * pixel + beside,
                         static_cast<unsigned>(at.pixel[2] - at.pixel[0]) * pixel};
   }
 }
@@ -205,15 +235,16 @@ struct Place {
 };
 
 template <class V, int kWidth, int kMost>
-__global__ void __launch_bounds__(kTiledThreads, 4) tiled_forward(const Problem p, const Levels levels,
-                                                               const Tiles tiles) {
-  using G = Group<V, kWidth, kMost>;
+__global__ void __launch_bounds__(kForwardThreads, 8)
+tiled_forward(const Problem p, const Levels levels, const Tiles tiles) {
+  using G = ForwardGroup<V, kWidth, kMost>;
   const int points = static_cast<int>(p.L * p.P);
   const unsigned pixel = static_cast<unsigned>(p.M) * kWidth * G::kBytes;
   const int lane = threadIdx.x % G::kLanes, first_channel = lane * G::kVector;
-  const Stage stage(shared_memory(), points, G::kQueries, threadIdx.x / G::kLanes);
+  const Stage<G> stage(shared_memory(), points, threadIdx.x / G::kLanes);
   for (int owner = static_cast<int>(blockIdx.y); owner < static_cast<int>(p.B * p.M); owner += gridDim.y) {
     const Place<G> at(p, tiles, owner);
+    if (!__any_sync(0xffffffffu, at.inside)) continue;
     float attention[G::kOwn];
     attention_of<G>(p, at.row, lane, attention);
     stage_points<G>(p, levels, tiles, at.query, at.row, lane, attention, stage);
@@ -222,9 +253,9 @@ __global__ void __launch_bounds__(kTiledThreads, 4) tiled_forward(const Problem 
     float sum[G::kVector] = {};
 #pragma unroll 2
     for (int k = 0; k < points; ++k) {
-      const Four weights = stage.weights[k];
+      const Four weights = stage.weights(k);
       unsigned bytes[4];
-      bytes_of(stage.corners[k], pixel, bytes);
+      bytes_of(stage.corners(k), pixel, bytes);
       Pack<V> rows[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) rows[c] = load_pack<V>(value + (bytes[c] + lane * 16u));
@@ -291,6 +322,10 @@ __device__ inline void add_four(float* to, const float* grad, float weight) {
 // share their corners, once for each pixel that any of them touches.
 enum class Adds { kCorners, kFixed, kPixels };
 
+// Blocks of a multiprocessor, which bound the registers: as many as find shared memory, or spill nothing.
+template <int kMost, Adds kAdds>
+constexpr int kBackwardBlocks = kMost > 16 ? kAdds == Adds::kFixed ? 1 : 2 : 3;
+
 // Contributions (query, point, corner) of a block, brought together by pixel, some points at a time. The table of pixels
 // is open addressing; all atomics are on integers in shared memory, where those on floats are loops.
 template <class G>
@@ -319,25 +354,25 @@ struct Bins {
   const char* stages;  // where the Stage of the first query begins
   int points;          // of a query
 
-  __device__ const Stage stage_of(int entry) const {
-    return Stage(const_cast<char*>(stages), points, G::kQueries, entry / (4 * kPoints));
+  __device__ const Stage<G> stage_of(int entry) const {
+    return Stage<G>(const_cast<char*>(stages), points, entry / (4 * kPoints));
   }
   static __device__ int point_of(int entry) { return entry / 4 % kPoints; }
 
   __device__ void clear() const {
-    for (int i = threadIdx.x; i < kSlots; i += kTiledThreads) in.keys[i] = -1, in.counts[i] = 0;
+    for (int i = threadIdx.x; i < kSlots; i += G::kThreads) in.keys[i] = -1, in.counts[i] = 0;
     if (threadIdx.x == 0) in.pixels = in.filled = 0;
   }
 
   // Entries of the points from `first` on that have a weight get a slot, the one of their pixel.
   __device__ void find_slots(int first, unsigned pixel) const {
-    for (int entry = threadIdx.x; entry < kEntries; entry += kTiledThreads) {
+    for (int entry = threadIdx.x; entry < kEntries; entry += G::kThreads) {
       const int k = first + point_of(entry);
       in.slot_of[entry] = kNone;
       if (k >= points) continue;
-      const Stage stage = stage_of(entry);
-      if (stage.weights[k].of[entry % 4] == 0) continue;
-      const Corners at = stage.corners[k];
+      const Stage<G> stage = stage_of(entry);
+      if (stage.weights(k).of[entry % 4] == 0) continue;
+      const Corners at = stage.corners(k);
       const unsigned beside = at.first & 1 ? pixel : 0;
       const unsigned bytes = (at.first & ~1u) + (entry % 2 ? beside : 0) + (entry % 4 < 2 ? 0 : at.down);
       const int key = static_cast<int>(bytes);  // -1 is odd
@@ -354,7 +389,7 @@ struct Bins {
 
   // Each pixel's entries get a place of their own, in no particular order.
   __device__ void share_out() const {
-    for (int i = threadIdx.x; i < in.pixels; i += kTiledThreads) {
+    for (int i = threadIdx.x; i < in.pixels; i += G::kThreads) {
       int& count = in.counts[in.used[i]];
       in.length[i] = static_cast<unsigned short>(count);
       count = atomicAdd(&in.filled, count);
@@ -363,18 +398,22 @@ struct Bins {
   }
 
   __device__ void fill(int first) const {
-    for (int entry = threadIdx.x; entry < kEntries; entry += kTiledThreads) {
+    for (int entry = threadIdx.x; entry < kEntries; entry += G::kThreads) {
       const int slot = in.slot_of[entry];
       if (slot == kNone) continue;
-      const float weight = stage_of(entry).weights[first + point_of(entry)].of[entry % 4];
+      const float weight = stage_of(entry).weights(first + point_of(entry)).of[entry % 4];
       in.parts[atomicAdd(&in.counts[slot], 1)] = {weight, entry / (4 * kPoints) * kRow};
     }
   }
 
   // A group sums the parts of a pixel, a lane its channels of them, and adds the sum to grad_value.
   __device__ void add(int lane, char* grad_value) const {
-    const float* grads = in.grads + lane * G::kVector;
-    for (int i = threadIdx.x / G::kLanes; i < in.pixels; i += G::kQueries) {
+    // Two groups that read half a row each at a time read different halves: other banks.
+    const int group = threadIdx.x / G::kLanes, other = G::kVector > 4 ? group % 2 * 4 : 0;
+    int channels[G::kVector / 4];
+#pragma unroll
+    for (int e = 0; e < G::kVector; e += 4) channels[e / 4] = added_channel<G, 4>(lane, e ^ other);
+    for (int i = group; i < in.pixels; i += G::kQueries) {
       float sum[G::kVector] = {};
       const int begin = in.begin[i], end = begin + in.length[i];
 #pragma unroll 2
@@ -382,15 +421,14 @@ struct Bins {
         const Part part = in.parts[j];
 #pragma unroll
         for (int e = 0; e < G::kVector; e += 4) {
-          const Four grad = *reinterpret_cast<const Four*>(grads + part.row + e);
+          const Four grad = *reinterpret_cast<const Four*>(in.grads + part.row + channels[e / 4]);
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum[e + i] += part.weight * grad.of[i];
         }
       }
-      const unsigned bytes = static_cast<unsigned>(in.keys[in.used[i]]) + lane * 16u;
-      float* to = reinterpret_cast<float*>(grad_value + 4 / G::kBytes * bytes);
+      float* to = reinterpret_cast<float*>(grad_value + 4 / G::kBytes * static_cast<unsigned>(in.keys[in.used[i]]));
 #pragma unroll
-      for (int e = 0; e < G::kVector; e += 4) add_four(to + e, sum + e, 1.0f);
+      for (int e = 0; e < G::kVector; e += 4) add_four(to + channels[e / 4], sum + e, 1.0f);
     }
   }
 };
@@ -398,7 +436,7 @@ struct Bins {
 // From the products of the corners with the output's gradient to the gradients of this lane's points.
 template <class G>
 __device__ void differentiate(const Problem& p, const Levels& levels, const Tiles& tiles, const Place<G>& at, int lane,
-                              const float (&attention)[G::kOwn], const Stage& stage) {
+                              const float (&attention)[G::kOwn], const Stage<G>& stage) {
   const int points = static_cast<int>(p.L * p.P);
   float samples[G::kOwn], common = 0;
   const float half_over_points = 0.5f / static_cast<float>(p.P);
@@ -408,7 +446,7 @@ __device__ void differentiate(const Problem& p, const Levels& levels, const Tile
     samples[i] = 0;
     if (k >= points) continue;
     const Sample<float> sample = sample_at(p, levels, tiles, at.query, at.row, k);
-    const Four dots = stage.weights[k];
+    const Four dots = stage.weights(k);
     const PointGrad<float> grad = point_grad(sample.x, sample.y, dots.of[0], dots.of[1], dots.of[2], dots.of[3]);
     const float x = chain(grad.x, attention[i]), y = chain(grad.y, attention[i]);
     samples[i] = grad.sample, common += attention[i] * grad.sample;
@@ -418,7 +456,7 @@ __device__ void differentiate(const Problem& p, const Levels& levels, const Tile
     }
     const Level& level = levels.level[tiles.level[k]];
     const float center_x = x * static_cast<float>(level.width), center_y = y * static_cast<float>(level.height);
-    stage.weights[k] = {{center_x, center_y, chain(center_x, sample.offset_x * half_over_points),
+    stage.weights(k) = {{center_x, center_y, chain(center_x, sample.offset_x * half_over_points),
                          chain(center_y, sample.offset_y * half_over_points)}};
   }
   common = p.mode == Mode::kLocations ? 0.0f : of_group<G::kLanes>(common, Sum{});
@@ -434,31 +472,33 @@ __device__ void differentiate(const Problem& p, const Levels& levels, const Tile
 
 // Of each level the sum over its points, as differentiate() left them.
 template <class G>
-__device__ void write_references(const Problem& p, const Place<G>& at, int lane, const Stage& stage) {
+__device__ void write_references(const Problem& p, const Place<G>& at, int lane, const Stage<G>& stage) {
   const int numbers = static_cast<int>(p.N), P = static_cast<int>(p.P);
   float* to = static_cast<float*>(p.grad_references_BMQLN) +
               ((at.image * p.M + at.head) * p.Q + at.query - at.image * p.Q) * p.L * p.N;
   for (int i = lane; i < static_cast<int>(p.L) * numbers; i += G::kLanes) {
     float sum = 0;
-    for (int k = i / numbers * P; k < (i / numbers + 1) * P; ++k) sum += stage.weights[k].of[i % numbers];
+    for (int k = i / numbers * P; k < (i / numbers + 1) * P; ++k) sum += stage.weights(k).of[i % numbers];
     if (at.inside) to[i] = sum;
   }
 }
 
 template <class V, int kWidth, int kMost, Adds kAdds>
-__global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem p, const Levels levels,
-                                                                const Tiles tiles) {
-  using G = Group<V, kWidth, kMost>;
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<kMost, kAdds>)
+tiled_backward(const Problem p, const Levels levels, const Tiles tiles) {
+  using G = BackwardGroup<V, kWidth, kMost>;
   const int points = static_cast<int>(p.L * p.P);
   const unsigned pixel = static_cast<unsigned>(p.M) * kWidth * G::kBytes;
   const int lane = threadIdx.x % G::kLanes, first_channel = lane * G::kVector;
-  const Stage stage(shared_memory(), points, G::kQueries, threadIdx.x / G::kLanes);
+  const Stage<G> stage(shared_memory(), points, threadIdx.x / G::kLanes);
   [[maybe_unused]] const Bins<G> bins{
-      *reinterpret_cast<typename Bins<G>::Shared*>(shared_memory() + Stage::bytes_of_query(points) * G::kQueries),
+      *reinterpret_cast<typename Bins<G>::Shared*>(shared_memory() + Stage<G>::bytes_of_query(points) * G::kQueries),
       shared_memory(), points};
   [[maybe_unused]] const float scale = kAdds == Adds::kFixed ? fixed_scale<float>(p) : 1.0f;
   for (int owner = static_cast<int>(blockIdx.y); owner < static_cast<int>(p.B * p.M); owner += gridDim.y) {
     const Place<G> at(p, tiles, owner);
+    const bool any = __any_sync(0xffffffffu, at.inside);  // of this warp's queries
+    if (kAdds != Adds::kPixels && !any) continue;
     float attention[G::kOwn];
     attention_of<G>(p, at.row, lane, attention);
 #pragma unroll
@@ -470,14 +510,20 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
     __syncwarp();
     const char* value = static_cast<const char*>(p.value_BSME) + at.first_element(p) * G::kBytes;
     char* grad_value = static_cast<char*>(p.grad_value_BSME) + at.first_element(p) * (kAdds == Adds::kFixed ? 8 : 4);
-    const Pack<V> given =
-        load_pack<V>(static_cast<const char*>(p.grad_out_BQME) + (at.row * kWidth + first_channel) * G::kBytes);
-    float grad[G::kVector];
-    to_floats(given, grad);
+    const V* grad_out = static_cast<const V*>(p.grad_out_BQME) + at.row * kWidth;
+    float grad[G::kVector];  // of the channels that this lane reads
+    to_floats(load_pack<V>(reinterpret_cast<const char*>(grad_out + first_channel)), grad);
+    [[maybe_unused]] float added[G::kVector];  // of those that it adds to
+    constexpr int kRun = kAdds == Adds::kFixed ? 1 : 4;
+    if constexpr (kAdds != Adds::kPixels) {
+#pragma unroll
+      for (int n = 0; n < G::kVector; ++n) added[n] = to_sum<float>(grad_out[added_channel<G, kRun>(lane, n)]);
+    }
     if constexpr (kAdds == Adds::kPixels) {
 #pragma unroll
       for (int e = 0; e < G::kVector; ++e) bins.in.grads[threadIdx.x * G::kVector + e] = grad[e];
     }
+#pragma unroll 1
     for (int k = 0; k < points; ++k) {
       if constexpr (kAdds == Adds::kPixels) {
         if (k % Bins<G>::kPoints == 0) {  // before the dots take the place of these points' weights
@@ -492,10 +538,11 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
           bins.add(lane, grad_value);
           __syncthreads();
         }
+        if (!any) continue;
       }
-      const Four weights = stage.weights[k];
+      const Four weights = stage.weights(k);
       unsigned bytes[4];
-      bytes_of(stage.corners[k], pixel, bytes);
+      bytes_of(stage.corners(k), pixel, bytes);
       Pack<V> rows[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) rows[c] = load_pack<V>(value + (bytes[c] + lane * 16u));
@@ -508,13 +555,17 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
         for (int e = 0; e < G::kVector; ++e) products[c] += grad[e] * row[e];
         if (kAdds == Adds::kPixels || weights.of[c] == 0) continue;
         if constexpr (kAdds == Adds::kFixed) {
-          char* to = grad_value + int64_t{8 / G::kBytes} * (bytes[c] + lane * 16u);
+          char* to = grad_value + int64_t{8 / G::kBytes} * bytes[c];
 #pragma unroll
-          for (int e = 0; e < G::kVector; ++e) add_fixed(to, e, weights.of[c] * grad[e] * scale);
+          for (int n = 0; n < G::kVector; ++n) {
+            add_fixed(to, added_channel<G, kRun>(lane, n), weights.of[c] * added[n] * scale);
+          }
         } else {
-          float* to = reinterpret_cast<float*>(grad_value + 4 / G::kBytes * (bytes[c] + lane * 16u));
+          float* to = reinterpret_cast<float*>(grad_value + 4 / G::kBytes * bytes[c]);
 #pragma unroll
-          for (int e = 0; e < G::kVector; e += 4) add_four(to + e, grad + e, weights.of[c]);
+          for (int n = 0; n < G::kVector; n += 4) {
+            add_four(to + added_channel<G, kRun>(lane, n), added + n, weights.of[c]);
+          }
         }
       }
       const Dots<G::kLanes> dots(products, lane);
@@ -522,14 +573,16 @@ __global__ void __launch_bounds__(kTiledThreads, 2) tiled_backward(const Problem
       using Kept = Dots<G::kLanes>;
       if (lane % Kept::kSame == 0) {
 #pragma unroll
-        for (int i = 0; i < Kept::kKept; ++i) stage.weights[k].of[Kept::corner(lane) + i] = dots.of[i];
+        for (int i = 0; i < Kept::kKept; ++i) stage.weights(k).of[Kept::corner(lane) + i] = dots.of[i];
       }
     }
-    __syncwarp();
-    differentiate<G>(p, levels, tiles, at, lane, attention, stage);
-    if (p.grad_references_BMQLN) {
+    if (any) {
       __syncwarp();
-      write_references<G>(p, at, lane, stage);
+      differentiate<G>(p, levels, tiles, at, lane, attention, stage);
+      if (p.grad_references_BMQLN) {
+        __syncwarp();
+        write_references<G>(p, at, lane, stage);
+      }
     }
     kAdds == Adds::kPixels ? __syncthreads() : __syncwarp();  // before the next tile's points take the place of these
   }
