@@ -39,10 +39,12 @@ def today() -> str:
 
 
 def commit() -> str:
-    """With + where the tree is changed; where there is no .git, what TENFOLD_COMMIT says."""
+    """What TENFOLD_COMMIT says, where there is no .git or another one; with + where the tree is changed."""
+    if named := os.environ.get("TENFOLD_COMMIT"):
+        return named
     git = ["git", "describe", "--always", "--dirty=+"]
     found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
-    return os.environ.get("TENFOLD_COMMIT", "unknown") if found.returncode else found.stdout.strip()
+    return "unknown" if found.returncode else found.stdout.strip()
 
 
 def machine() -> str:

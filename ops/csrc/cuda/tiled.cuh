@@ -12,8 +12,10 @@ namespace tenfold {
 namespace {
 
 constexpr int kTiledPoints = 32;   // L*P at most
-// Of a block. How many others do was measured: docs/results/cuda-notes.md.
-constexpr int kForwardThreads = 128, kBackwardThreads = 256;
+// Threads of a block. How others did is in docs/results/cuda-notes.md.
+template <class V>
+constexpr int kForwardThreads = sizeof(V) == 2 ? 128 : 256;
+constexpr int kBackwardThreads = 256;
 
 // The queries of an image, cut in tiles: pixels of the levels, or one line.
 struct Tiles {
@@ -24,10 +26,11 @@ struct Tiles {
   unsigned char level[kTiledPoints];   // of each point: a division takes twenty instructions
 };
 
-// kMost: points of a query, at most. kOfBlock: threads.
-template <class V, int kWidth, int kMost, int kOfBlock>
+// kMost: points of a query, at most. kOfBlock: threads. kTurn: see Stage.
+template <class V, int kWidth, int kMost, int kOfBlock, bool kTurn>
 struct Group {
   static constexpr int kThreads = kOfBlock;
+  static constexpr bool kTurned = kTurn;
   static constexpr int kVector = 16 / sizeof(V);
   static constexpr int kBytes = sizeof(V);
   static constexpr int kLanes = kWidth / kVector;
@@ -36,9 +39,9 @@ struct Group {
 };
 
 template <class V, int kWidth, int kMost>
-using ForwardGroup = Group<V, kWidth, kMost, kForwardThreads>;
+using ForwardGroup = Group<V, kWidth, kMost, kForwardThreads<V>, sizeof(V) == 2>;
 template <class V, int kWidth, int kMost>
-using BackwardGroup = Group<V, kWidth, kMost, kBackwardThreads>;
+using BackwardGroup = Group<V, kWidth, kMost, kBackwardThreads, false>;
 
 inline Tiles tiles_of(const Problem& p, int queries) {
   Tiles tiles{};
@@ -75,12 +78,13 @@ struct alignas(8) Corners {
   unsigned first, down;
 };
 
-// Points of one query in shared memory. Where point k is depends on the group, so that groups of a warp use other banks:
-// those whose lanes write together, and all of them when each reads its point k.
+// Points of one query in shared memory, so that groups of a warp use other banks. All read their point k at a time: with a
+// place more than there are points these lie apart. Turned, where point k is depends on the group, so that those whose
+// lanes write together lie apart, too: for two instructions more a point, which pay where memory is what binds.
 template <class G>
 class Stage {
  public:
-  static __host__ __device__ int places(int points) { return (points + 15) / 16 * 16; }
+  static __host__ __device__ int places(int points) { return G::kTurned ? (points + 15) / 16 * 16 : points + 1; }
   static __host__ __device__ int bytes_of_query(int points) {
     return places(points) * static_cast<int>(sizeof(Four) + sizeof(Corners));
   }
@@ -91,8 +95,8 @@ class Stage {
     corners_ = reinterpret_cast<Corners*>(shared + sizeof(Four) * G::kQueries * places(points)) + first;
     turn_weights_ = turned(of_warp, 8), turn_corners_ = turned(of_warp, 16);
   }
-  __device__ Four& weights(int k) const { return weights_[k ^ turn_weights_]; }
-  __device__ Corners& corners(int k) const { return corners_[k ^ turn_corners_]; }
+  __device__ Four& weights(int k) const { return weights_[G::kTurned ? k ^ turn_weights_ : k]; }
+  __device__ Corners& corners(int k) const { return corners_[G::kTurned ? k ^ turn_corners_ : k]; }
 
  private:
   // So many lanes write at a time: groups among them get places G::kLanes apart.
@@ -235,7 +239,7 @@ struct Place {
 };
 
 template <class V, int kWidth, int kMost>
-__global__ void __launch_bounds__(kForwardThreads, 8)
+__global__ void __launch_bounds__(kForwardThreads<V>, 1024 / kForwardThreads<V>)
 tiled_forward(const Problem p, const Levels levels, const Tiles tiles) {
   using G = ForwardGroup<V, kWidth, kMost>;
   const int points = static_cast<int>(p.L * p.P);
