@@ -98,8 +98,8 @@ class Size:
 
 SIZES = {
     "cpu": Size(
-        drawn=("--images", "1000", "--val", "200", "--size", "128", "--zoom", "2"),
-        epochs=10, times=(10, 5, 1, 2.5), rates={"detr-dc5": (1e-4, 2e-4, 4e-4), "deformable": (4e-4, 2e-4, 8e-4)},
+        drawn=("--images", "3000", "--val", "300", "--size", "160", "--zoom", "2.5"),
+        epochs=4, times=(10, 5, 1, 2.5), rates={"deformable": (4e-4, 2e-4, 8e-4), "detr-dc5": (2e-4, 4e-4, 1e-4)},
         chosen={"deformable": 4e-4, "detr-dc5": 2e-4}, jobs=len(os.sched_getaffinity(0)),
     ),
     "gpu": Size(
@@ -143,7 +143,7 @@ def plan(part: str, size: Size, seeds: int, rates: dict[str, float]) -> list[Run
 
     every_seed = range(1, seeds + 1)
     if part == "sweep":
-        tried = {"detr-dc5": 5 * n, "deformable": n}
+        tried = {"deformable": n, "detr-dc5": 5 * n}
         return [Run(model, epochs, lr, 100) for model, epochs in tried.items() for lr in size.rates[model]]
     if part == "pair":
         return [of("detr-dc5", longest), of("deformable")]
