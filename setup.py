@@ -48,9 +48,21 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "dev": ["pytest", "hypothesis", "ruff", "mypy", "clang-format", "faster-coco-eval", "isal"],
+    "dev": [
+        "pytest",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "clang-format",
+        "faster-coco-eval",
+        "isal",
+        "boto3",
+        "moto[server]",
+    ],
     # The same numbers, faster: COCO's as pycocotools gives them (9 times), checksums of samples as zlib (4 times).
     "fast": ["faster-coco-eval", "isal"],
+    # Shard sets behind s3:// URLs.
+    "s3": ["boto3"],
     # NVIDIA's apex, from its repository: the "apex" of PyPI is another project. Its kernels, which are all
     # that is of use here, need a CUDA toolkit and are built only when asked for:
     #   APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation -e '.[apex]'

@@ -3,9 +3,11 @@
     make convergence                                            (a pair: Deformable DETR and DETR-DC5 ten times as long)
     python -m benchmarks.convergence --parts reported --minutes 120 --record
 
-A run that the time did not suffice for goes on where it was when the command is given again. Runs and report are in
-runs/convergence-<size>/; with --record each finished run (its settings, its numbers, its event files) and the report
-go to docs/results/convergence/<size>/, and what stands there is not trained again. The protocol: docs/convergence.md.
+Schedules of one model and seed are one run until the first of them lets its learning rate drop: that much is trained
+once, and the longer ones begin with it. A run that the time did not suffice for goes on where it was when the command
+is given again. Runs and report are in runs/convergence-<size>/; with --record each finished run (its settings, its
+numbers, its event files) and the report go to docs/results/convergence/<size>/, and what stands there is not trained
+again. The protocol: docs/convergence.md.
 
 sweep: learning rates, on a seed of their own. pair: what one looks at first. reported: the protocol's runs. more: the
 other models. without: Deformable DETR with one thing taken away. attention: where the models look after epochs 1, 5 and
@@ -37,7 +39,7 @@ from benchmarks.real_data import DATA
 from benchmarks.results import ROOT, machine, today, write
 from data_tools.sample import read_manifest
 from framework import convergence
-from framework.config import load
+from framework.config import load, save
 from framework.errors import FAILED, InputError, UsageError, command
 from framework.files import alone_in
 from framework.processes import die_with_parent
@@ -127,6 +129,15 @@ class Run:
         parts = [self.model, f"{self.epochs}-epochs", f"lr{self.lr:g}"]
         parts += [self.data] * (self.data != "drawn") + [f"until-{self.until}"] * (self.until is not None)
         return "-".join([*parts, f"seed{self.seed}", *["again"] * self.again])
+
+    @property
+    def drop(self) -> int:
+        """The epoch after which the learning rate drops."""
+        return round(0.8 * self.epochs)
+
+    def shares(self, other: "Run") -> bool:
+        """Is the other one of the same schedule, longer, so that it begins as this one?"""
+        return other.epochs > self.epochs and replace(other, epochs=self.epochs) == self
 
     @property
     def label(self) -> str:
@@ -226,16 +237,19 @@ class Experiment:
     def settings(self, run: Run) -> list[str]:
         """key=value of a run; folders as seen from ROOT."""
         shards = self.shards(run.data)
-        manifest = read_manifest(ROOT / shards / "train")
-        steps = manifest.images // load(ROOT / self.config, []).train.global_batch
+        classes, steps = len(read_manifest(ROOT / shards / "train").classes), self.steps_of_epoch(run)
         return [
-            *MODELS[run.model].departures, f"model.num_classes={len(manifest.classes)}",
-            f"train.epochs={run.epochs}", f"train.lr_drop_epochs=[{round(0.8 * run.epochs)}]",
+            *MODELS[run.model].departures, f"model.num_classes={classes}",
+            f"train.epochs={run.epochs}", f"train.lr_drop_epochs=[{run.drop}]",
             f"optim.lr={run.lr:g}", f"train.seed={run.seed}", f"data.train={shards / 'train'}",
             f"data.val={shards / 'val'}", f"train.run_dir={(self.work / run.name).relative_to(ROOT)}",
             f"tracking.log_every={steps}", *ON_PHOTOGRAPHS * (run.data != "drawn"),
             *([f"train.max_steps={steps * run.until}", "tracking.attention=1"] if run.until else []),
         ]  # fmt: skip
+
+    def steps_of_epoch(self, run: Run) -> int:
+        images = read_manifest(ROOT / self.shards(run.data) / "train").images
+        return images // load(ROOT / self.config, []).train.global_batch
 
     def train(self, runs: Iterable[Run], jobs: int, end: float) -> bool:
         """Train until all are done or the time is over. False: one of them failed."""
@@ -247,32 +261,64 @@ class Experiment:
             if finished and self.folder(run) is None:
                 record(self.work / run.name, self.recorded(run))  # finished without --record
         waiting = [run for run in runs if self.folder(run) is None]
+        unfinished = set(waiting)
         free = shares_of_cores(jobs)
-        working: dict[Run, tuple[subprocess.Popen[bytes], set[int]]] = {}
+        working: dict[Run, tuple[subprocess.Popen[bytes], set[int], Run | None]] = {}
         fine = True
         try:
             while (waiting or working) and time.monotonic() < end:
-                while waiting and free:
-                    run, cores = waiting.pop(0), free.pop(0)
-                    print(f"{run.name}: starts, or goes on", flush=True)
-                    working[run] = self.start(run, settings[run], cores), cores
+                while free and (run := next((one for one in waiting if self.can_start(one, unfinished)), None)):
+                    waiting.remove(run)
+                    cores, longer = free.pop(0), self.to_begin(run, unfinished)
+                    until = [f"train.max_steps={run.drop * self.steps_of_epoch(run)}"] if longer else []
+                    print(f"{run.name}: starts, or goes on{f', until {longer.name} can' if longer else ''}", flush=True)
+                    working[run] = self.start(run, [*settings[run], *until], cores), cores, longer
                 time.sleep(0.2)
-                for run in [run for run, (process, _) in working.items() if process.poll() is not None]:
-                    process, cores = working.pop(run)
+                for run in [run for run, (process, *_) in working.items() if process.poll() is not None]:
+                    process, cores, longer = working.pop(run)
                     free.append(cores)
                     fine &= process.returncode == 0
                     if process.returncode:
+                        unfinished.remove(run)
                         lines = (self.work / run.name / "output.txt").read_text().splitlines()[-SHOWN_LINES:]
                         print(f"{run.name}: exit code {process.returncode}:", *lines, sep="\n  ", flush=True)
+                    elif longer:
+                        self.begin(longer, settings[longer], run)
+                        waiting.insert(0, run)
                     else:
+                        unfinished.remove(run)
                         self.finished(run, settings[run])
         finally:
-            for process, _ in working.values():
+            for process, *_ in working.values():
                 process.kill()  # a run goes on from its last epoch
                 process.wait()
         for run in [*working, *waiting]:
             print(f"{run.name}: not done; the same command goes on with it", flush=True)
         return fine
+
+    def can_start(self, run: Run, unfinished: set[Run]) -> bool:
+        """Not while a shorter schedule is still to become its begin."""
+        begun = (self.work / run.name / "config.yaml").exists()
+        return begun or not any(one.shares(run) and self.can_be_begin(one) for one in unfinished)
+
+    def to_begin(self, run: Run, unfinished: set[Run]) -> Run | None:
+        """The next longer schedule that this one has to become the begin of."""
+        longer = min((one for one in unfinished if run.shares(one)), key=lambda one: one.epochs, default=None)
+        begun = longer and (self.work / longer.name / "config.yaml").exists()
+        return None if begun or not self.can_be_begin(run) else longer
+
+    def can_be_begin(self, run: Run) -> bool:
+        """Not when its learning rate has dropped."""
+        steps = [int(path.name[5:]) for path in (self.work / run.name / "checkpoints").glob("step-*[0-9]")]
+        return max(steps, default=0) <= run.drop * self.steps_of_epoch(run)
+
+    def begin(self, run: Run, settings: list[str], shorter: Run) -> None:
+        """Give a run the folder of a shorter one, which stands where its learning rate drops."""
+        partial = self.work / f"{run.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self.work / shorter.name, partial)
+        save(load(ROOT / self.config, settings), partial / "config.yaml")
+        partial.rename(self.work / run.name)
 
     def refuse_other(self, run: Run, settings: list[str]) -> None:
         """Raises UsageError when a finished run was another one than these settings make."""

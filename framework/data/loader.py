@@ -11,13 +11,16 @@ Each arrow carries one micro-batch. A sample that cannot be used becomes a maske
 (`Batch.bad`) and goes on through the stages; nothing is dropped. To resume, the plan starts later.
 """
 
+import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -36,9 +39,12 @@ from framework.data.order import (
     steps_per_epoch,
     uniform_draws,
 )
+from framework.data.remote import Cache
 from framework.data.source import BadSample, IndexedSource
 from framework.data.transforms import Backend, Geometry, augment, evaluation_geometry, training_geometry
 from framework.errors import InputError, UsageError
+
+log = logging.getLogger("tenfold")
 
 Labels = Literal["contiguous", "category_id"]
 Order = Literal["full", "block"]
@@ -49,7 +55,8 @@ Tail = Literal["drop", "mask"]
 class DataConfig:
     """Defaults: the published augmentation.
 
-    train, val: shard folders.
+    train, val: shard folders, or their http(s):// or s3:// URLs.
+    cache, cache_gib: folder on each node's disk for what URLs name (null: ~/.cache/tenfold), and what it may hold.
     labels: the number that a class has in the model.
     order, tail: of an epoch, see framework/data/order.py.
     workers: processes of each rank that read and decode; 0: the training process does it.
@@ -62,6 +69,8 @@ class DataConfig:
 
     train: str | None = None
     val: str | None = None
+    cache: str | None = None
+    cache_gib: float = 64.0
     labels: Labels = "contiguous"
     order: Order = "full"
     tail: Tail = "drop"
@@ -83,6 +92,8 @@ class DataConfig:
         for key in ("workers", "max_bad"):
             if getattr(self, key) < 0:
                 refuse(f"data.{key}", getattr(self, key), "0 or more")
+        if not self.cache_gib > 0:
+            refuse("data.cache_gib", self.cache_gib, "above 0")
         if not self.sizes or min(self.sizes) < 1:
             refuse("data.sizes", self.sizes, "one or more short sides of at least 1 px")
         if self.max_size < max(self.sizes):
@@ -118,7 +129,7 @@ class TrainLoader:
         self.config, self.seed, self.rank, self.world = config, seed, rank, world
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.accumulation = global_batch // (micro_batch * world)
-        self.source = _open(config.train)
+        self.source = _open(config.train, config)
         self.manifest = self.source.manifest
         self.steps_per_epoch = steps_per_epoch(len(self.source), global_batch, config.tail)
         if self.steps_per_epoch == 0:
@@ -148,7 +159,7 @@ class EvalLoader:
 
     def __init__(self, folder: str | Path, config: DataConfig, *, batch_size: int, rank: int, world: int) -> None:
         self.config, self.batch_size = config, batch_size
-        self.source = _open(folder)
+        self.source = _open(folder, config)
         self.manifest = self.source.manifest
         self._groups = range(rank, -(-len(self.source) // batch_size), world)
 
@@ -197,10 +208,15 @@ def coco_annotations(sample: Sample) -> Iterator[dict[str, Any]]:
         }
 
 
-def _open(folder: str | Path) -> IndexedSource:
-    source = IndexedSource(folder)
+def _open(location: str | Path, config: DataConfig) -> IndexedSource:
+    folder = Path(config.cache) if config.cache else Path.home() / ".cache" / "tenfold"
+    source = IndexedSource(location, Cache(folder.absolute(), int(config.cache_gib * 2**30)))
     if not len(source):
-        raise InputError(f"{folder}: holds no images; expected at least one")
+        raise InputError(f"{location}: holds no images; expected at least one")
+    held = sum(shard.bytes for shard in source.manifest.shards)
+    if source.remote and held > config.cache_gib * 2**30:
+        log.warning("%s: %.3g GiB, and data.cache_gib=%g: shards are downloaded again and again; raise it%s", location,
+                    held / 2**30, config.cache_gib, ", or set data.order=block" * (config.order == "full"))  # fmt: skip
     return source
 
 
@@ -252,21 +268,22 @@ def _load(
     geometry_of: Callable[[Sample], Geometry],
     config: DataConfig,
 ) -> Iterator[Batch]:
+    workers = [_Worker() for _ in range(config.workers)]
     stages = DataPipeline(
         partial(_plan, plan),
-        partial(_read, source),
-        partial(_augment, source, geometry_of, config.labels, config.backend),
+        partial(_read, source, workers),
+        partial(_augment, source, workers, geometry_of, config.labels, config.backend),
         _collate,
     )
     loader = WebLoader(
         stages,
         batch_size=None,
         num_workers=config.workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, workers),
         multiprocessing_context="fork" if config.workers else None,
         generator=torch.Generator(),  # the default is the global one, which would move with each iteration
     )
-    return iter(loader)
+    return _told(iter(loader), source, workers)
 
 
 def _plan(plan: Callable[[], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
@@ -276,14 +293,17 @@ def _plan(plan: Callable[[], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
     return islice(plan(), worker, None, workers)
 
 
-def _read(source: IndexedSource, micro_batches: Iterable[np.ndarray]) -> Iterator[list[Encoded | Example]]:
+def _read(
+    source: IndexedSource, workers: "list[_Worker]", micro_batches: Iterable[np.ndarray]
+) -> Iterator[list[Encoded | Example]]:
     for indices in micro_batches:
-        yield [_read_one(source, int(i)) for i in indices]
+        yield [_read_one(source, workers, int(i)) for i in indices]
 
 
-def _read_one(source: IndexedSource, i: int) -> Encoded | Example:
+def _read_one(source: IndexedSource, workers: "list[_Worker]", i: int) -> Encoded | Example:
     if i == MASKED:
         return masked_example(-1, (MASKED_SIDE_PX, MASKED_SIDE_PX))
+    _is_at(workers, i)
     try:
         return Encoded(i, *source.read(i))
     except BadSample as error:
@@ -292,6 +312,7 @@ def _read_one(source: IndexedSource, i: int) -> Encoded | Example:
 
 def _augment(
     source: IndexedSource,
+    workers: "list[_Worker]",
     geometry_of: Callable[[Sample], Geometry],
     labels: str,
     backend: Backend,
@@ -300,6 +321,7 @@ def _augment(
     def one(slot: Encoded | Example) -> Example:
         if isinstance(slot, Example):
             return slot
+        _is_at(workers, slot.place)
         try:
             return augment(slot.image, slot.sample, geometry_of, labels, backend)
         except InputError as error:
@@ -318,12 +340,54 @@ def _collate(micro_batches: Iterable[list[Example]]) -> Iterator[Batch]:
 # Worker processes.
 
 
-def _start_worker(worker: int) -> None:
+class _Worker:
+    """What a worker process tells the training process: its pid, and the sample that it works on."""
+
+    def __init__(self) -> None:
+        self.shared = RawArray("q", [0, MASKED])
+
+
+def _is_at(workers: list[_Worker], i: int) -> None:
+    info = get_worker_info()
+    if info:
+        workers[info.id].shared[1] = i
+
+
+def _told(batches: Iterator[Batch], source: IndexedSource, workers: list[_Worker]) -> Iterator[Batch]:
+    """The batches; what goes wrong in a worker as an error of one line.
+
+    Raises:
+        InputError: a worker has died (killed for memory, say), or cannot have its shard.
+    """
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (InputError, UsageError) as error:
+            if not workers:
+                raise
+            # Which torch has wrapped in the worker's traceback.
+            raise type(error)(str(error).rstrip().rpartition(f"{type(error).__name__}: ")[2]) from error
+        except RuntimeError as error:
+            dead = [worker for worker in workers if re.search(rf"\b{worker.shared[0]}\b", str(error))]
+            if "DataLoader worker" not in str(error) or not dead:
+                raise
+            at = [source.where(worker.shared[1]) for worker in dead if worker.shared[1] != MASKED]
+            found = ", ".join(at) or "the start"
+            raise InputError(
+                f"a data worker has died at {found} ({error}); if it took too much memory, lower data.workers"
+            ) from error
+        yield batch
+
+
+def _start_worker(workers: list[_Worker], worker: int) -> None:
     """One thread; deaf to the signals that a scheduler or Ctrl-C sends to all processes.
 
     The training process decides what happens then, and may need the batches that are on their way. It also
     ends its workers by SIGTERM: were that ignored, a training process that fails would wait for ever.
     """
+    workers[worker].shared[0] = os.getpid()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

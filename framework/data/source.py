@@ -1,7 +1,8 @@
 """Samples of a shard set by number: positional reads through the index, every byte checked against its crc32.
 
 No tar reader runs, nothing is unpacked, no name from the data is opened: the manifest names the shards (plain
-file names inside the folder) and the index says where in them a sample lies.
+file names inside the folder) and the index says where in them a sample lies. The folder is local, or of a file system
+that several nodes share; or it is a URL, whose shards come through a cache (framework/data/remote.py).
 """
 
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.sample import INDEX, Manifest, Sample, is_class, read_index, read_manifest, samples_per_shard
+from framework.data.remote import Cache, RemoteSet, is_remote
 from framework.errors import InputError
 from framework.files import crc32, sha256_of
 
@@ -25,17 +27,22 @@ class BadSample(InputError):
 class IndexedSource:
     """Random access to the samples of a finished shard set.
 
+    location: a folder, or the http(s) or s3 URL of one, which takes a cache.
     Raises:
         InputError: the set is unfinished, a shard is missing or truncated, manifest and index do not belong
-            together.
+            together; of a URL also when a shard cannot be had, while samples are read.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
+    def __init__(self, location: str | Path, cache: Cache | None = None) -> None:
+        self.remote = RemoteSet(str(location), cache) if cache and is_remote(location) else None
+        self.location = self.remote.url if self.remote else str(location)
+        folder = self.remote.folder if self.remote else Path(location)
+        self.folder = folder
+        self.manifest = self.remote.manifest if self.remote else read_manifest(folder)
         self.index = read_index(folder, self.manifest)
-        _check_shards(self.folder, self.manifest)
-        _check_index(self.folder, self.manifest, self.index)
+        if not self.remote:
+            _check_shards(folder, self.manifest)
+        _check_index(folder, self.manifest, self.index)
         self._files: dict[int, int] = {}
         weakref.finalize(self, _close, self._files)
 
@@ -69,9 +76,12 @@ class IndexedSource:
         return int(self.index[i]["height"]), int(self.index[i]["width"])
 
     def bad(self, i: int, reason: str, member: str = "image") -> BadSample:
+        return BadSample(f"{self.where(i, member)}: {reason}")
+
+    def where(self, i: int, member: str = "image") -> str:
         record = self.index[i]
         shard, offset = self.manifest.shards[record["shard"]].name, record[f"{member}_offset"]
-        return BadSample(f"image {record['image_id']} in {self.folder / shard} at offset {offset}: {reason}")
+        return f"image {record['image_id']} in {self.location}/{shard} at offset {offset}"
 
     def _member(self, i: int, member: str) -> bytes:
         record = self.index[i]
@@ -89,7 +99,10 @@ class IndexedSource:
         if shard not in self._files:
             if len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.folder / self.manifest.shards[shard].name, os.O_RDONLY)
+            found = self.manifest.shards[shard]
+            self._files[shard] = (
+                self.remote.open(found) if self.remote else os.open(self.folder / found.name, os.O_RDONLY)
+            )
         return self._files[shard]
 
 

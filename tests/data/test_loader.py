@@ -1,6 +1,8 @@
 import hashlib
 import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 from dataclasses import fields
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from framework.data import loader as loader_module
 from framework.data.batch import Batch
 from framework.data.loader import DataConfig, EvalLoader, TrainLoader
 from framework.errors import InputError, UsageError
@@ -307,6 +310,20 @@ def test_workers_are_deaf_to_schedulers_and_obey_their_parent(shards):
     worker.terminate()  # what Python does to what is left when the training process fails
     worker.join(timeout=10)
     assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("stage", ["read", "decode"])
+def test_a_worker_that_dies_is_told_with_its_sample(shards, stage, monkeypatch):
+    def killed(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if stage == "read":
+        monkeypatch.setattr(loader_module.IndexedSource, "read", killed)
+    else:
+        monkeypatch.setattr(loader_module, "augment", killed)
+    said = r"^a data worker has died at image 10\d\d in .*/shard-\d+.tar at offset \d+.* \(DataLoader .*data.workers"
+    with pytest.raises(InputError, match=said):
+        list(train_loader(shards, workers=2).epoch(0))
 
 
 def test_leaving_an_epoch_ends_its_workers(shards):
