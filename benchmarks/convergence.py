@@ -188,6 +188,7 @@ class Experiment:
         self.work = ROOT / "runs" / f"convergence-{size}"
         self.out = RECORDED / size if record else self.work / "report"
         self.made: dict[str, Path] = {}
+        self.steps: dict[str, int] = {}
 
     def plan(self, part: str, seeds: int) -> list[Run]:
         return plan(part, self.size, seeds, self.rates())
@@ -248,8 +249,10 @@ class Experiment:
         ]  # fmt: skip
 
     def steps_of_epoch(self, run: Run) -> int:
-        images = read_manifest(ROOT / self.shards(run.data) / "train").images
-        return images // load(ROOT / self.config, []).train.global_batch
+        if run.data not in self.steps:
+            images = read_manifest(ROOT / self.shards(run.data) / "train").images
+            self.steps[run.data] = images // load(ROOT / self.config, []).train.global_batch
+        return self.steps[run.data]
 
     def train(self, runs: Iterable[Run], jobs: int, end: float) -> bool:
         """Train until all are done or the time is over. False: one of them failed."""
@@ -318,6 +321,7 @@ class Experiment:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(self.work / shorter.name, partial)
         save(load(ROOT / self.config, settings), partial / "config.yaml")
+        shutil.rmtree(self.work / run.name, ignore_errors=True)  # of an attempt that ended before it had begun
         partial.rename(self.work / run.name)
 
     def refuse_other(self, run: Run, settings: list[str]) -> None:

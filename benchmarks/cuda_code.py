@@ -32,7 +32,7 @@ from framework.errors import UsageError, command
 
 MULTIPROCESSORS, SCHEDULERS, CLOCK_HZ, WARP = 132, 4, 1.755e9, 32
 REGISTERS, SHARED_BYTES, THREADS = 65536, 227 * 1024, 2048  # of a multiprocessor of compute capability 9.0
-BLOCK = 256
+BLOCK = 256  # threads of a block, but of a forward on 16 bits
 GATHERED_BYTES_PER_S, ADDS_PER_S, BYTES_PER_S = 30e12, 628e9, 4.3e12
 ENTRIES, SLOTS = 1024, 2048  # of csrc/cuda/tiled.cuh, Bins
 AIMS_US = {("forward", "bfloat16"): (80, 45), ("forward", "float32"): (120, 75)}  # at least, aim; an H200
@@ -92,10 +92,10 @@ def registers_of(report: str) -> dict[str, int]:
 
 
 def row_of(kernel: str, dtype: str, size: int, registers: int, body: str) -> dict[str, Any]:
-    lanes = E * size // 16
-    queries, points = BLOCK // lanes, L * P
-    shared = (points + 1) * 24 * queries + (bytes_of_bins(size) if "pixels" in kernel else 0)
-    blocks = min(REGISTERS // (registers * BLOCK), SHARED_BYTES // (shared + 1024), THREADS // BLOCK)
+    threads, points = threads_of(kernel, size), L * P
+    queries, places = threads // (E * size // 16), points if threads < BLOCK else points + 1
+    shared = places * 24 * queries + (bytes_of_bins(size) if "pixels" in kernel else 0)
+    blocks = min(REGISTERS // (registers * threads), SHARED_BYTES // (shared + 1024), THREADS // threads)
     # Where pixels are summed, the same loop holds what is done once for several points: its length says nothing.
     per_point = None if "pixels" in kernel else instructions_of_a_point(body)
     return {
@@ -103,9 +103,13 @@ def row_of(kernel: str, dtype: str, size: int, registers: int, body: str) -> dic
         "dtype": dtype,
         "registers": registers,
         "shared KiB of a block": round(shared / 1024, 1),
-        "threads a multiprocessor": blocks * BLOCK,
+        "threads a multiprocessor": blocks * threads,
         "instructions of a point and lane": per_point,
     }
+
+
+def threads_of(kernel: str, size: int) -> int:
+    return 128 if kernel == "forward" and size == 2 else BLOCK
 
 
 def bytes_of_bins(size: int) -> int:
@@ -131,9 +135,10 @@ def instructions_of_a_point(body: str) -> float:
 
 def prediction(kernel: str, dtype: str, size: int, noise: int, body: str, share: float) -> dict[str, Any]:
     """Microseconds for one image, by what is the limit."""
-    queries, way = BLOCK // (E * size // 16), kernel.partition(",")[0]
+    threads, way = threads_of(kernel, size), kernel.partition(",")[0]
+    queries = threads // (E * size // 16)
     corners = 4 * S * M * L * P
-    instructions = instructions_of_a_thread(body, size, share) * BLOCK / WARP * blocks_of(queries)
+    instructions = instructions_of_a_thread(body, size, share) * threads / WARP * blocks_of(queries)
     adds = 0.0 if way == "forward" else corners * E * (share if "pixels" in kernel else 1.0)
     given, map_bytes = 4 * 3 * S * M * L * P, S * M * E
     moved = 2 * size * map_bytes + given if way == "forward" else (2 * size + 4) * map_bytes + 2 * given

@@ -16,7 +16,7 @@ from benchmarks.results import ROOT
 from framework.errors import FAILED, UsageError, command
 
 TOOLS = "memcheck", "racecheck", "synccheck"
-TESTS = "boxes and (a_query_for_each_pixel and 16 or deterministic_backward and 32)"
+TESTS = "boxes and (a_query_for_each_pixel and 8 or deterministic_backward and 32)"  # 8 points on two levels
 
 
 def main() -> int:
@@ -35,7 +35,8 @@ def main() -> int:
 
     with ThreadPoolExecutor() as pool:  # side by side: most of the time goes to starting
         results = dict(zip(TOOLS, pool.map(run, TOOLS), strict=True))
-    failed = {tool: result for tool, result in results.items() if result.returncode}
+    # Tests that were skipped prove nothing.
+    failed = {tool: result for tool, result in results.items() if result.returncode or " passed" not in result.stdout}
     for result in failed.values():
         print(result.stdout[-4000:])
     print(

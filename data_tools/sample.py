@@ -146,16 +146,24 @@ def read_manifest(folder: str | Path) -> Manifest:
         raw["classes"] = [Category(**c) for c in raw["classes"]]
         raw["shards"] = [Shard(**s) for s in raw["shards"]]
         manifest = Manifest(**raw)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a manifest of shards ({type(error).__name__}: {error})") from error
     for shard in manifest.shards:
-        if not isinstance(shard.name, str) or Path(shard.name).name != shard.name or shard.name in ("", ".", ".."):
-            raise InputError(f"{path}: shard name {shard.name!r} is not a plain file name")
+        if not _is_plain(shard.name):
+            raise InputError(f"{path}: shard name {shard.name!r:.99} is not a plain file name that ends in .tar")
+        for key, number in (("bytes", shard.bytes), ("samples", shard.samples)):
+            if type(number) is not int or not 0 <= number < 2**60:
+                raise InputError(f"{path}: shard {shard.name}: {key} {number!r:.99} is no count")
     if manifest.fingerprint != manifest.computed_fingerprint():
         raise InputError(f"{path}: its fingerprint {manifest.fingerprint!r} does not fit its content; it was edited")
     return manifest
+
+
+def _is_plain(name: object) -> bool:
+    return (isinstance(name, str) and name.isprintable() and name.endswith(".tar") and Path(name).name == name
+            and len(name.encode(errors="replace")) <= 200)  # fmt: skip
 
 
 def read_index(folder: str | Path, manifest: Manifest) -> np.ndarray:

@@ -3,8 +3,7 @@
 import argparse
 from typing import Any
 
-from data_tools.sample import read_manifest
-from framework.data.loader import EvalLoader
+from framework.data.loader import EvalLoader, dead_workers_told, manifest_of
 from framework.engine.ds_config import autocast
 from framework.engine.ranks import init_ranks
 from framework.errors import UsageError, command
@@ -23,6 +22,7 @@ The table and, as the last line, its JSON go to stdout; -1 means that there is n
 Of equal scores in one image and class the larger box counts first (cocoapi: the one that comes first)."""
 
 
+@dead_workers_told()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     metrics, image_side, facts = of_files(args) if args.detections else of_model(args)
@@ -46,7 +46,7 @@ def of_model(args: argparse.Namespace) -> tuple[dict[str, float], int | None, di
     config, data = trained.config, args.data or trained.config.data.val
     if data is None:
         raise UsageError("--data: expected a shard folder, since the configuration's data.val names none")
-    refuse_other_classes(trained, [c.name for c in read_manifest(data).classes], data)
+    refuse_other_classes(trained, [c.name for c in manifest_of(data, config.data).classes], data)
     ranks = init_ranks()
     logger = setup_logging(None, ranks.is_main)
     logger.info("weights of %s on %s, %d process(es)", trained.weights, ranks.device, ranks.world)

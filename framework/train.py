@@ -18,7 +18,7 @@ import torch
 
 from framework import config as configuration
 from framework.config import Config
-from framework.data.loader import EvalLoader, TrainLoader, coco_annotations
+from framework.data.loader import EvalLoader, TrainLoader, coco_annotations, dead_workers_told
 from framework.data.order import DataState
 from framework.data.transforms import decode
 from framework.engine import checkpoint
@@ -49,6 +49,7 @@ EXAMPLE = """example:
       data.train=/data/coco-shards/train data.val=/data/coco-shards/val model.backbone.weights=resnet50.pth"""
 
 
+@dead_workers_told()
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     config = configuration.load(args.config, args.overrides)

@@ -5,9 +5,11 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_tools.sample import MANIFEST, Category, read_manifest
+from data_tools.sample import MANIFEST, Category
 from framework import config as configuration
 from framework.config import Config
+from framework.data.loader import manifest_of
+from framework.data.remote import is_remote
 from framework.engine import checkpoint
 from framework.errors import UsageError
 from framework.evaluation.detections import placeholder_classes
@@ -82,7 +84,7 @@ def _classes(weights: Path, config: Config, data: str | None) -> list[Category] 
     """From the checkpoint if it is one of ours, else from the first shard set there is."""
     if (weights / checkpoint.STATE_FILE).is_file():
         return [Category(**one) for one in checkpoint.read_state(weights)["classes"]]
-    for folder in (config.data.train, config.data.val, data):
-        if folder is not None and (Path(folder) / MANIFEST).is_file():
-            return read_manifest(folder).classes
+    for location in (config.data.train, config.data.val, data):
+        if location is not None and (is_remote(location) or (Path(location) / MANIFEST).is_file()):
+            return manifest_of(location, config.data).classes
     return None

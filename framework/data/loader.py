@@ -11,11 +11,14 @@ Each arrow carries one micro-batch. A sample that cannot be used becomes a maske
 (`Batch.bad`) and goes on through the stages; nothing is dropped. To resume, the plan starts later.
 """
 
+import contextlib
 import logging
+import math
 import os
 import re
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +32,7 @@ import torch
 from torch.utils.data import get_worker_info
 from webdataset import DataPipeline, WebLoader
 
-from data_tools.sample import Sample
+from data_tools.sample import Manifest, Sample, read_manifest
 from framework.data.batch import MASKED_SIDE_PX, Batch, Example, collate, masked_example
 from framework.data.order import (
     MASKED,
@@ -39,7 +42,7 @@ from framework.data.order import (
     steps_per_epoch,
     uniform_draws,
 )
-from framework.data.remote import Cache
+from framework.data.remote import Cache, RemoteSet, is_remote
 from framework.data.source import BadSample, IndexedSource
 from framework.data.transforms import Backend, Geometry, augment, evaluation_geometry, training_geometry
 from framework.errors import InputError, UsageError
@@ -92,7 +95,7 @@ class DataConfig:
         for key in ("workers", "max_bad"):
             if getattr(self, key) < 0:
                 refuse(f"data.{key}", getattr(self, key), "0 or more")
-        if not self.cache_gib > 0:
+        if not 0 < self.cache_gib < math.inf:
             refuse("data.cache_gib", self.cache_gib, "above 0")
         if not self.sizes or min(self.sizes) < 1:
             refuse("data.sizes", self.sizes, "one or more short sides of at least 1 px")
@@ -208,9 +211,18 @@ def coco_annotations(sample: Sample) -> Iterator[dict[str, Any]]:
         }
 
 
+def manifest_of(location: str | Path, config: DataConfig) -> Manifest:
+    """Raises InputError: no shard set, or one that cannot be had."""
+    return RemoteSet(str(location), _cache(config)).manifest if is_remote(location) else read_manifest(location)
+
+
+def _cache(config: DataConfig) -> Cache:
+    folder = Path(config.cache or "~/.cache/tenfold").expanduser().absolute()
+    return Cache(folder, int(config.cache_gib * 2**30))
+
+
 def _open(location: str | Path, config: DataConfig) -> IndexedSource:
-    folder = Path(config.cache) if config.cache else Path.home() / ".cache" / "tenfold"
-    source = IndexedSource(location, Cache(folder.absolute(), int(config.cache_gib * 2**30)))
+    source = IndexedSource(location, _cache(config) if is_remote(location) else None)
     if not len(source):
         raise InputError(f"{location}: holds no images; expected at least one")
     held = sum(shard.bytes for shard in source.manifest.shards)
@@ -268,7 +280,8 @@ def _load(
     geometry_of: Callable[[Sample], Geometry],
     config: DataConfig,
 ) -> Iterator[Batch]:
-    workers = [_Worker() for _ in range(config.workers)]
+    workers = [_Worker(source) for _ in range(config.workers)]
+    _workers.update(workers)
     stages = DataPipeline(
         partial(_plan, plan),
         partial(_read, source, workers),
@@ -283,7 +296,7 @@ def _load(
         multiprocessing_context="fork" if config.workers else None,
         generator=torch.Generator(),  # the default is the global one, which would move with each iteration
     )
-    return _told(iter(loader), source, workers)
+    return _told(iter(loader), workers)
 
 
 def _plan(plan: Callable[[], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
@@ -343,8 +356,11 @@ def _collate(micro_batches: Iterable[list[Example]]) -> Iterator[Batch]:
 class _Worker:
     """What a worker process tells the training process: its pid, and the sample that it works on."""
 
-    def __init__(self) -> None:
-        self.shared = RawArray("q", [0, MASKED])
+    def __init__(self, source: IndexedSource) -> None:
+        self.source, self.shared = source, RawArray("q", [0, MASKED])
+
+
+_workers: "weakref.WeakSet[_Worker]" = weakref.WeakSet()  # of all loaders of this process
 
 
 def _is_at(workers: list[_Worker], i: int) -> None:
@@ -353,31 +369,37 @@ def _is_at(workers: list[_Worker], i: int) -> None:
         workers[info.id].shared[1] = i
 
 
-def _told(batches: Iterator[Batch], source: IndexedSource, workers: list[_Worker]) -> Iterator[Batch]:
-    """The batches; what goes wrong in a worker as an error of one line.
+@contextlib.contextmanager
+def dead_workers_told() -> Iterator[None]:
+    """Around all that may run while workers work: torch raises where the main thread is when one of them dies.
 
     Raises:
-        InputError: a worker has died (killed for memory, say), or cannot have its shard.
+        InputError: instead of torch's RuntimeError, with what the worker was at.
     """
+    try:
+        yield
+    except RuntimeError as error:
+        pids = {int(number) for number in re.findall(r"\d+", str(error))} - {0}  # 0: not started
+        dead = [worker for worker in _workers if worker.shared[0] in pids]
+        if "DataLoader worker" not in str(error) or not dead:
+            raise
+        at = {worker.source.where(worker.shared[1]) for worker in dead if worker.shared[1] != MASKED}
+        last = ", ".join(sorted(at)) or "nothing"
+        raise InputError(f"a data worker has died; last worked on: {last} ({error}); if it took too much memory, lower "
+                         "data.workers") from error  # fmt: skip
+
+
+def _told(batches: Iterator[Batch], workers: list[_Worker]) -> Iterator[Batch]:
+    """The batches; an error of a worker, which torch has wrapped in the worker's traceback, as one line again."""
     while True:
         try:
-            batch = next(batches)
+            with dead_workers_told():
+                batch = next(batches)
         except StopIteration:
             return
         except (InputError, UsageError) as error:
-            if not workers:
-                raise
-            # Which torch has wrapped in the worker's traceback.
-            raise type(error)(str(error).rstrip().rpartition(f"{type(error).__name__}: ")[2]) from error
-        except RuntimeError as error:
-            dead = [worker for worker in workers if re.search(rf"\b{worker.shared[0]}\b", str(error))]
-            if "DataLoader worker" not in str(error) or not dead:
-                raise
-            at = [source.where(worker.shared[1]) for worker in dead if worker.shared[1] != MASKED]
-            found = ", ".join(at) or "the start"
-            raise InputError(
-                f"a data worker has died at {found} ({error}); if it took too much memory, lower data.workers"
-            ) from error
+            said = str(error).rstrip().rpartition(f"{type(error).__name__}: ")[2] if workers else str(error)
+            raise type(error)(said) from error
         yield batch
 
 

@@ -6,6 +6,7 @@ that several nodes share; or it is a URL, whose shards come through a cache (fra
 """
 
 import os
+import time
 import weakref
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from framework.errors import InputError
 from framework.files import crc32, sha256_of
 
 MAX_OPEN_FILES = 128  # a set may have more shards than a process may have files
+TOUCHED_EVERY_S = 60.0  # so that the cache knows which shards are in use
 AGAIN = "copy the set again, or convert the data again"
 
 
@@ -44,6 +46,7 @@ class IndexedSource:
             _check_shards(folder, self.manifest)
         _check_index(folder, self.manifest, self.index)
         self._files: dict[int, int] = {}
+        self._used_s: dict[int, float] = {}
         weakref.finalize(self, _close, self._files)
 
     def __len__(self) -> int:
@@ -85,24 +88,31 @@ class IndexedSource:
 
     def _member(self, i: int, member: str) -> bytes:
         record = self.index[i]
-        length, offset = int(record[f"{member}_length"]), int(record[f"{member}_offset"])
+        length, offset, shard = int(record[f"{member}_length"]), int(record[f"{member}_offset"]), int(record["shard"])
         try:
-            data = os.pread(self._file(int(record["shard"])), length, offset)
+            data = os.pread(self._file(shard), length, offset)
         except OSError as error:
             raise self.bad(i, f"cannot be read ({error.strerror})", member) from error
         if crc32(data) != record[f"{member}_crc32"]:
-            raise self.bad(i, f"the {member} bytes do not have the crc32 of the index", member)
+            advice = f"; remove {self.folder / self.manifest.shards[shard].name}" if self.remote else ""
+            raise self.bad(i, f"the {member} bytes do not have the crc32 of the index{advice}", member)
         return data
 
     def _file(self, shard: int) -> int:
         # Opened at the first read and never seeked: forked workers may share what is open.
         if shard not in self._files:
+            if self.remote:  # what the cache has dropped takes room while it is open
+                for dropped in [one for one, file in self._files.items() if os.fstat(file).st_nlink == 0]:
+                    os.close(self._files.pop(dropped))
             if len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
             found = self.manifest.shards[shard]
-            self._files[shard] = (
-                self.remote.open(found) if self.remote else os.open(self.folder / found.name, os.O_RDONLY)
-            )
+            path = self.folder / found.name
+            self._files[shard] = self.remote.open(found) if self.remote else os.open(path, os.O_RDONLY)
+            self._used_s[shard] = time.monotonic()
+        elif self.remote and time.monotonic() - self._used_s[shard] > TOUCHED_EVERY_S:
+            self._used_s[shard] = time.monotonic()
+            self.remote.used(self._files[shard])
         return self._files[shard]
 
 

@@ -111,6 +111,8 @@ def small(tmp_path, monkeypatch):
 
 def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
     plain = ("--parts", "again", "reported", "attention", "--seeds", "1", "--record")
+    # One that was to begin by itself, and was stopped before it did, is in no other's way.
+    (small / "runs/convergence-cpu/detr-dc5-5-epochs-lr0.0002-seed1").mkdir(parents=True)
     assert experiment.main([*plain, "--minutes", "0"]) == 0
     assert "not done" in capfd.readouterr().out and not list((small / "recorded").rglob("run.json"))
 
@@ -139,6 +141,7 @@ def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
     one.train([alone], 2, time.monotonic() + 60)  # with as many cores, or its last bits are others
     assert one.facts(alone)["weights_sha256"] == one.facts(five)["weights_sha256"]
     shutil.rmtree(one.recorded(alone))
+    capfd.readouterr()
     tables = json.loads((small / "recorded/cpu/tables.json").read_text())
     assert all(row["equal"] for row in tables["the same seed twice"]["runs"])
     assert len(json.loads((small / "recorded/cpu/convergence.json").read_text())["protocol"]["schedules"]) == 4

@@ -1,10 +1,12 @@
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
-from dataclasses import fields
+import time
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from omegaconf import OmegaConf
 
 from framework.data import loader as loader_module
 from framework.data.batch import Batch
-from framework.data.loader import DataConfig, EvalLoader, TrainLoader
+from framework.data.loader import DataConfig, EvalLoader, TrainLoader, dead_workers_told
+from framework.data.loader import _training_plan as training_plan
+from framework.data.order import MASKED, DataState, epoch_order, steps_per_epoch
 from framework.errors import InputError, UsageError
 from tests.data.conftest import NUM_IMAGES
 from tests.data.shards import make_sample, overwrite, shard_of, write_shards
@@ -155,6 +159,43 @@ def test_resumed_epoch_is_the_rest_of_the_uninterrupted_one(shards, workers):
     for first_step in (1, 2, 3):
         found = digests(train_loader(shards, workers=workers, tail="mask"), epoch=4, first_step=first_step)
         assert found == expected[first_step:]
+
+
+def test_killed_anywhere_and_resumed_on_any_number_of_ranks():
+    """200 trials over more than two epochs: what is trained on before and after is what an uninterrupted run takes.
+
+    In integers: the plans that the loaders follow, of every rank, with what the checkpoint keeps.
+    """
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        micro_batch, accumulated, images = (int(draw.integers(1, most)) for most in (5, 4, 100))
+        worlds = [int(world) for world in 2 ** draw.integers(0, 7, size=2)]
+        global_batch = micro_batch * accumulated * max(worlds)
+        images += global_batch
+        mode, tail = draw.choice([("full", "drop"), ("block", "mask"), ("full", "mask")])
+        per_epoch, shard_N = steps_per_epoch(images, global_batch, tail), np.sort(draw.integers(0, 9, images))
+
+        def train(state, world, steps, micro_batch=micro_batch, mode=mode, per_epoch=per_epoch, shard_N=shard_N):
+            """The samples of each step from `state` on, and the state after them."""
+            done = []
+            for _ in range(steps):
+                if not done or state.samples_consumed == 0:
+                    order = epoch_order(len(shard_N), state.seed, state.epoch, mode, shard_N)
+                first, sizes = state.samples_consumed // state.global_batch, (state.global_batch, micro_batch)
+                plans = [training_plan(order, range(first, first + 1), *sizes, rank, world) for rank in range(world)]
+                done.append(sorted(int(i) for plan in plans for micro in plan for i in micro))
+                state = replace(state, samples_consumed=state.samples_consumed + state.global_batch)
+                if first + 1 == per_epoch:
+                    state = replace(state, epoch=state.epoch + 1, samples_consumed=0)
+            return done, state
+
+        begin, total = DataState("", int(draw.integers(1 << 40)), 0, 0, global_batch), 2 * per_epoch + 1
+        killed_at = int(draw.integers(0, total + 1))
+        before, state = train(begin, worlds[0], killed_at)
+        after, _ = train(DataState(**json.loads(json.dumps(asdict(state)))), worlds[1], total - killed_at)
+        assert before + after == train(begin, 1, total)[0]
+        epoch = [i for step in (before + after)[:per_epoch] for i in step if i != MASKED]
+        assert len(epoch) == len(set(epoch)) == (images if tail == "mask" else per_epoch * global_batch)
 
 
 def test_epochs_and_seeds_differ_and_repeat(shards):
@@ -321,9 +362,20 @@ def test_a_worker_that_dies_is_told_with_its_sample(shards, stage, monkeypatch):
         monkeypatch.setattr(loader_module.IndexedSource, "read", killed)
     else:
         monkeypatch.setattr(loader_module, "augment", killed)
-    said = r"^a data worker has died at image 10\d\d in .*/shard-\d+.tar at offset \d+.* \(DataLoader .*data.workers"
+    said = r"^a data worker has died; last worked on: image 10\d\d in .*/shard-\d+.tar at offset \d+.* data.workers$"
     with pytest.raises(InputError, match=said):
         list(train_loader(shards, workers=2).epoch(0))
+
+
+def test_a_worker_that_dies_while_the_step_is_computed_is_told_too(shards):
+    """torch raises where the main thread is: in most of the time of a run not where it waits for data."""
+    steps = train_loader(shards, workers=1, global_batch=2, micro_batch=1).epoch(0)
+    said = r"^a data worker has died; last worked on: .*Killed.* lower data.workers$"
+    with pytest.raises(InputError, match=said), dead_workers_told():
+        next(steps)
+        os.kill(workers_now()[0].pid, signal.SIGKILL)
+        for _ in range(1000):
+            time.sleep(0.01)
 
 
 def test_leaving_an_epoch_ends_its_workers(shards):

@@ -12,7 +12,7 @@ import pytest
 
 from data_tools.sample import read_manifest
 from framework.data import remote
-from framework.data.loader import DataConfig, TrainLoader
+from framework.data.loader import DataConfig, TrainLoader, manifest_of
 from framework.data.remote import Cache
 from framework.data.source import IndexedSource
 from framework.errors import InputError, UsageError
@@ -43,16 +43,19 @@ class Handler(BaseHTTPRequestHandler):
         path = self.server.folder / name
         if self.path != f"/a%20set/train/{name}" or not path.is_file():
             fault = 404
-        if fault == "nothing":
-            self.connection.close()
+        if fault in ("nothing", "garbage"):
+            self.wfile.write(b"" if fault == "nothing" else b"abc\r\n\r\n")
+            self.close_connection = True
             return
         body = path.read_bytes() if path.is_file() else b""
         self.send_response(fault if isinstance(fault, int) else 302 if fault == "elsewhere" else 200)
         if fault == "elsewhere":
             self.send_header("Location", "file:///etc/passwd")
-        self.send_header("Content-Length", str(len(body)))
+        if fault != "too much":
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         body = b"x" * len(body) if fault == "other bytes" else body
+        body += b"x" * (fault == "too much")
         self.wfile.write(body[: len(body) // 2] if fault == "half" else body)
         self.close_connection = True
 
@@ -95,12 +98,13 @@ def test_what_may_pass_is_tried_again(server, shards, cache, fault, caplog):
 
 @pytest.mark.parametrize("fault, tries, message", [
     (404, 1, "the server answers 404"), (403, 1, "the server answers 403"), (500, 5, "the server answers 500"),
-    ("half", 5, "of 6.* bytes, 5 times"), ("other bytes", 5, "not the bytes"), ("nothing", 5, "cannot be reached"),
+    ("half", 5, r"\d+ of \d+ bytes"), ("other bytes", 5, "not the bytes"), ("nothing", 5, "cannot be reached"),
+    ("too much", 5, r"more than the \d+ bytes that are expected"), ("garbage", 5, "cannot be reached"),
 ])  # fmt: skip
 def test_what_stays_is_told_in_a_line(server, shards, cache, fault, tries, message):
     source, last = IndexedSource(server.url, cache), read_manifest(shards).shards[-1]
     server.faults[last.name] = [fault] * 9
-    with pytest.raises(InputError, match=message if fault != "half" else "bytes, 5 times") as error:
+    with pytest.raises(InputError, match=message) as error:
         source.read(NUM_IMAGES - 1)
     assert "\n" not in str(error.value) and f"{server.url}/{last.name}" in str(error.value)
     assert server.asked[last.name] == tries
@@ -162,6 +166,55 @@ def test_a_replaced_set_is_noticed(server, shards, cache, tmp_path):
     shutil.rmtree(server.folder)
     shutil.copytree(other, server.folder)
     assert IndexedSource(server.url, cache).read(0) == IndexedSource(other).read(0)
+
+
+@pytest.mark.parametrize("body", [b"<html>log in", b'{"format": "tenf', b"[" * 200_000])
+def test_what_is_no_manifest_is_told_by_its_url(server, cache, body):
+    (server.folder / "manifest.json").write_bytes(body)
+    with pytest.raises(InputError, match=f"^{server.url}/manifest.json: not JSON") as error:
+        IndexedSource(server.url, cache)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", [
+    "https://user:secret@host/set", "https://host/set?token=secret", "https:///set", "http://host:secret/set",
+    "http://[::1/secret", "s3:///secret",
+])  # fmt: skip
+def test_bad_urls_are_refused_without_their_secrets(url, cache):
+    with pytest.raises(UsageError, match=r"data.train, data.val: ") as error:
+        IndexedSource(url, cache)
+    assert "secret" not in str(error.value) or ":secret/" in url
+
+
+def test_a_cache_that_cannot_be_used_ends_the_run(server, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"the cache of .* cannot be used \(Not a directory\); data.cache"):
+        IndexedSource(server.url, Cache(tmp_path / "file", ROOM))
+    source = IndexedSource(server.url, Cache(tmp_path / "cache", ROOM))
+    shutil.rmtree(source.folder)
+    source.folder.touch()
+    with pytest.raises(InputError, match="cannot be used") as error:  # not BadSample, which would be masked
+        source.read(0)
+    assert type(error.value) is InputError
+
+
+def test_room_is_reserved_and_taken_back_from_the_killed(server, tmp_path):
+    held = [shard.bytes for shard in read_manifest(server.folder).shards]
+    source = IndexedSource(server.url, Cache(tmp_path / "cache", sum(held) + 10_000))
+    killed = source.folder / "shard-000009.tar.partial"
+    killed.write_bytes(b"x" * 20_000)
+    source.read(0)
+    assert not killed.exists()
+    killed.write_bytes(b"x" * 20_000)
+    with remote._lock(source.folder / "shard-000009.tar.lock"):  # somebody downloads it
+        for i in range(NUM_IMAGES):
+            source.read(i)
+    assert killed.exists() and not (source.folder / source.manifest.shards[0].name).exists()
+
+
+def test_evaluation_reads_the_classes_there(server, shards, tmp_path):
+    settings = DataConfig(cache=str(tmp_path / "cache"))
+    assert manifest_of(server.url, settings) == manifest_of(shards, settings) == read_manifest(shards)
 
 
 def test_damage_in_the_cache_is_masked_like_any_other(server, cache):

@@ -100,6 +100,7 @@ static int failures_of_tiled(Problem p, double tolerance) {
   if (p.L * p.P <= 16) {
     failed += !tiled<V, kWidth, 16, Adds::kCorners>(p, tolerance);
     failed += !tiled<V, kWidth, 16, Adds::kPixels>(p, tolerance);
+    failed += !tiled<V, kWidth, 16, Adds::kFixed>(p, tolerance);
   }
   failed += !tiled<V, kWidth, 32, Adds::kPixels>(p, tolerance);
   return failed + !tiled<V, kWidth, 32, Adds::kFixed>(p, tolerance);

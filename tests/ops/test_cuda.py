@@ -35,7 +35,8 @@ def test_emulated_kernels_equal_those_of_the_cpu(tmp_path):
 
 
 # Registers of a thread at most. 64 let 1024 threads of 256 a block live on a multiprocessor, 128 let 512.
-SPILLED_BYTES = 16  # once for a thread, outside of its loops, in shapes other than the usual one
+SPILLED_BYTES = 16  # at most, of a tiled backward in other shapes than the usual one
+USUAL = "Li32ELi16E"  # channels of a head, points at most
 REGISTERS = {"tiled_forward": 64, "tiled_backward": 160, "forward_kernel": 72, "backward_kernel": 160}
 
 
@@ -60,7 +61,8 @@ def test_kernels_keep_to_their_registers(tmp_path):
         for name, spilled, registers in kernels:
             limit = next((most for kernel, most in REGISTERS.items() if kernel in name), 64)
             said = f"sm_{arch} {name}: {registers} registers, {spilled} bytes spilled"
-            assert int(registers) <= limit and int(spilled) <= (SPILLED_BYTES if "tiled_backward" in name else 0), said
+            may_spill = SPILLED_BYTES if "tiled_backward" in name and USUAL not in name else 0
+            assert int(registers) <= limit and int(spilled) <= may_spill, said
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
