@@ -97,9 +97,9 @@ def test_names_are_unique():
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """The experiment in an empty folder, with 16 images and schedules of 1 to 10 epochs of 2 steps."""
-    drawn = ("--images", "16", "--val", "4", "--size", "64", "--zoom", "2")
-    monkeypatch.setitem(experiment.SIZES, "cpu", replace(CPU, drawn=drawn, epochs=1, jobs=2))
+    """The experiment in an empty folder, with 8 images and schedules of 3 and 6 epochs of one step."""
+    drawn = ("--images", "8", "--val", "4", "--size", "64", "--zoom", "2")
+    monkeypatch.setitem(experiment.SIZES, "cpu", replace(CPU, drawn=drawn, epochs=3, times=(2, 1), jobs=2))
     for name in ("configs", "framework", "ops", "data_tools"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setattr(experiment, "LOOKED_AT", (1,))
@@ -112,7 +112,7 @@ def small(tmp_path, monkeypatch):
 def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
     plain = ("--parts", "again", "reported", "attention", "--seeds", "1", "--record")
     # One that was to begin by itself, and was stopped before it did, is in no other's way.
-    (small / "runs/convergence-cpu/detr-dc5-5-epochs-lr0.0002-seed1").mkdir(parents=True)
+    (small / "runs/convergence-cpu/detr-dc5-6-epochs-lr0.0002-seed1").mkdir(parents=True)
     assert experiment.main([*plain, "--minutes", "0"]) == 0
     assert "not done" in capfd.readouterr().out and not list((small / "recorded").rglob("run.json"))
 
@@ -128,23 +128,23 @@ def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
     assert experiment.main(list(plain)) == 0
     said = capfd.readouterr().out
     assert "resuming from" in (one.work / again.name / "output.txt").read_text()
-    assert len(list((small / "recorded" / "cpu").glob("*/run.json"))) == 7 and f"{again.name}: AP" in said
+    assert len(list((small / "recorded" / "cpu").glob("*/run.json"))) == 5 and f"{again.name}: AP" in said
     facts = json.loads((small / "recorded/cpu" / again.name / "run.json").read_text())
-    assert [point["epoch"] for point in facts["points"]] == [1]
+    assert [point["epoch"] for point in facts["points"]] == [1, 2, 3]
     for path in (path for path in (small / "recorded").rglob("*") if path.is_file()):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         assert str(small).encode() not in content and socket.gethostname() not in path.name
-    # Five epochs began as one and two, and have the same weights as if they had been trained for themselves.
-    [five] = [run for run in one.plan("reported", 1) if run.epochs == 5]
-    assert "resuming from" in (one.work / five.name / "output.txt").read_text()
-    alone = replace(five, again=True)
+    # Six epochs began as three, and have the same weights as if they had been trained for themselves.
+    [six] = [run for run in one.plan("reported", 1) if run.epochs == 6]
+    assert "resuming from" in (one.work / six.name / "output.txt").read_text()
+    alone = replace(six, again=True)
     one.train([alone], 2, time.monotonic() + 60)  # with as many cores, or its last bits are others
-    assert one.facts(alone)["weights_sha256"] == one.facts(five)["weights_sha256"]
+    assert one.facts(alone)["weights_sha256"] == one.facts(six)["weights_sha256"]
     shutil.rmtree(one.recorded(alone))
     capfd.readouterr()
     tables = json.loads((small / "recorded/cpu/tables.json").read_text())
     assert all(row["equal"] for row in tables["the same seed twice"]["runs"])
-    assert len(json.loads((small / "recorded/cpu/convergence.json").read_text())["protocol"]["schedules"]) == 4
+    assert len(json.loads((small / "recorded/cpu/convergence.json").read_text())["protocol"]["schedules"]) == 2
     assert Image.open(small / "recorded/cpu/attention.png").width > 500
 
     two = one.plan("reported", 2)[-1]  # of a second seed, of which the rest is missing
@@ -166,9 +166,9 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(small, monkeypatch, capfd
     broken = experiment.Model("broken", ("model.width=33",))
     monkeypatch.setitem(experiment.MODELS, "one-level", broken)
     monkeypatch.setattr(experiment, "WITHOUT", ("one-level", "one-point"))
-    assert experiment.main(["--parts", "without", "--jobs", "1"]) == 1
+    assert experiment.main(["--parts", "without"]) == 1
     said = capfd.readouterr().out
-    assert "model.width" in said and re.search("one-point-1-epochs-.*: AP", said)
+    assert "model.width" in said and re.search("one-point-3-epochs-.*: AP", said)
 
 
 def test_bad_arguments(small, monkeypatch):
