@@ -3,8 +3,8 @@
     make gpu-report [PARTS="op tests sanitizer convergence"]     (offline, in your own environment: PYTHON=python3)
 
 A part is some commands, one after the other. A command that fails, or is not done in time, is recorded with what it
-printed last and ends its part; the next part starts all the same. Where there is no .git, TENFOLD_COMMIT names the
-commit.
+printed last and ends its part; the next part starts all the same. TENFOLD_COMMIT names the commit
+where git does not know it.
 """
 
 import argparse

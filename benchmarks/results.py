@@ -39,7 +39,7 @@ def today() -> str:
 
 
 def commit() -> str:
-    """What TENFOLD_COMMIT says, where there is no .git or another one; with + where the tree is changed."""
+    """What TENFOLD_COMMIT says, for a copy that git knows as another commit; else with + where the tree is changed."""
     if named := os.environ.get("TENFOLD_COMMIT"):
         return named
     git = ["git", "describe", "--always", "--dirty=+"]

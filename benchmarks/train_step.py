@@ -1,10 +1,10 @@
 """A training step with the compiled operator and with ops.reference: seconds and peak memory of both in one run.
 
-    python -m benchmarks.train_step [--config FILE ...] [--repeats N] [--device cuda --batch B --precision bf16]
+    python -m benchmarks.train_step [--config FILE] [--repeats N] [--device cuda --batch B --precision bf16]
 
 Images of 800 x 1066 with 20 boxes each; forward, matching, loss, backward and the optimizer; frozen batch norm, random
 weights. Sides take turns, each in a process of its own, and medians are compared. On a GPU every part is waited for,
-which the trainer does not do: `s` is of steps in a row, without. Every config file has a table of its own.
+which the trainer does not do: `s` is of steps in a row, without.
 --profile FILE: what the GPU or CPU did in one step of the first side, by operator.
 Writes docs/results/train-step.{json,md}, on a GPU gpu-train-step.{json,md}.
 """
@@ -38,7 +38,7 @@ SIDES = {"compiled": "ops", "reference": "ops.reference"}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     two_stage = ROOT / "configs" / "coco_r50_deformable_two_stage.yaml"
-    parser.add_argument("--config", type=Path, nargs="+", default=[two_stage])
+    parser.add_argument("--config", type=Path, default=two_stage)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", choices=STEPS, default="cpu")
     parser.add_argument("--batch", type=int, default=1)
@@ -47,39 +47,35 @@ def main() -> int:
     parser.add_argument("--here", action="store_true", help="one side, in this process; prints JSON")
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(steps(args.config[0], torch.device(args.device), args.batch, args.precision, args.profile)))
+        print(json.dumps(steps(args.config, torch.device(args.device), args.batch, args.precision, args.profile)))
         return 0
-    for config in args.config:
-        compare(config, args)
-    return 0
-
-
-def compare(config: Path, args: argparse.Namespace) -> None:
     runs = {side: [] for side in SIDES}
     for i in range(args.repeats):
         for side in SIDES:
-            runs[side].append(in_process(side, config, args, profile=args.profile if i == 0 else None))
-            print(f"{config.stem}, {args.precision}, batch {args.batch}, {side}: {median(runs[side])}", flush=True)
+            runs[side].append(in_process(side, args, profile=args.profile if i == 0 else None))
+            print(f"{args.config.stem}, {args.precision}, batch {args.batch}, {side}: {median(runs[side])}", flush=True)
     rows = [{"operator": SIDES[side], **median(runs[side])} for side in SIDES]
     ratios = {f"{key}: how many times less": rows[1][key] / rows[0][key] for key in ("s", "peak GiB")}
-    flags = settings(args) if args.device == "cuda" else []
-    command = f"python -m benchmarks.train_step --config configs/{config.name} --repeats {args.repeats}"
     result = {"sides": rows, **ratios, "images/s": args.batch / rows[0]["s"]}
-    part = f"{config.stem}, {SIZE_HW[0]} x {SIZE_HW[1]}"
+    command = f"python -m benchmarks.train_step --config configs/{args.config.name} --repeats {args.repeats}"
+    part = f"{args.config.stem}, {SIZE_HW[0]} x {SIZE_HW[1]}"
+    usual = [parser.get_default(name) for name in ("device", "batch", "precision")]
+    if [args.device, args.batch, args.precision] != usual:
+        part, command = f"{part}, {args.precision}, batch {args.batch}", " ".join([command, *settings(args)])
     if args.device == "cpu":
         result |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
         write("train-step", "A training step on the CPU", part, result, command)
     else:
-        part += f", {args.precision}, batch {args.batch}"
-        write("gpu-train-step", "A training step on a GPU", part, result, " ".join([command, *flags]))
+        write("gpu-train-step", "A training step on a GPU", part, result, command)
+    return 0
 
 
 def settings(args: argparse.Namespace) -> list[str]:
     return ["--device", args.device, "--batch", str(args.batch), "--precision", args.precision]
 
 
-def in_process(side: str, config: Path, args: argparse.Namespace, profile: Path | None) -> dict[str, list[float]]:
-    command = [sys.executable, "-m", "benchmarks.train_step", "--here", "--config", str(config), *settings(args)]
+def in_process(side: str, args: argparse.Namespace, profile: Path | None) -> dict[str, list[float]]:
+    command = [sys.executable, "-m", "benchmarks.train_step", "--here", "--config", str(args.config), *settings(args)]
     if profile and side == "compiled":
         command += ["--profile", str(profile)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -135,13 +131,14 @@ def steps(path: Path, device: torch.device, batch: int, precision: str, profile:
         whole = [(waited() - began) / count]
     else:
         whole = [times[-1] - times[0] for times in parts]
+    peak_gib = peak_memory_gib(device)  # before a profiler takes some
     if profile:
         with torch.profiler.profile() as trace:
             step(waited)
         order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         table = trace.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
         profile.write_text(table + "\n")
-    return {"s": whole} | seconds | {"peak GiB": [peak_memory_gib(device)]}
+    return {"s": whole} | seconds | {"peak GiB": [peak_gib]}
 
 
 if __name__ == "__main__":

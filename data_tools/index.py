@@ -16,7 +16,7 @@ import numpy as np
 from data_tools.check import image_faults, json_faults, key_and_kind, read_members
 from data_tools.convert import refuse
 from data_tools.files import IMAGE_SUFFIXES
-from data_tools.sample import INDEX, INDEX_DTYPE, MANIFEST, Category, Sample, Shard
+from data_tools.sample import INDEX, INDEX_DTYPE, MANIFEST, Category, Sample, Shard, is_plain
 from data_tools.shards import WrittenShard, write_manifest
 from framework.errors import InputError, UsageError, command
 from framework.files import alone_in, by_numbers, crc32, sha256_of
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     paths = sorted(args.shards.glob("*.tar"), key=lambda path: by_numbers(path.name))
     if not paths:
         raise UsageError(f"{args.shards}: no *.tar in it (compressed ones cannot be read from the middle: unpack them)")
+    if unfit := [path.name for path in paths if not is_plain(path.name)]:
+        raise UsageError(f"{args.shards}: shard name {unfit[0]!r:.99}: expected printable letters, 200 bytes at most")
     written: list[WrittenShard] = []
     faults: list[str] = []
     seen: dict[int, str] = {}

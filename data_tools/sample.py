@@ -151,7 +151,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise
         raise InputError(f"{path}: not a manifest of shards ({type(error).__name__}: {error})") from error
     for shard in manifest.shards:
-        if not _is_plain(shard.name):
+        if not is_plain(shard.name):
             raise InputError(f"{path}: shard name {shard.name!r:.99} is not a plain file name that ends in .tar")
         for key, number in (("bytes", shard.bytes), ("samples", shard.samples)):
             if type(number) is not int or not 0 <= number < 2**60:
@@ -161,7 +161,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def _is_plain(name: object) -> bool:
+def is_plain(name: object) -> bool:
+    """May a shard have this name? Not one of another folder, nor one that other files of a set, or a cache, have."""
     return (isinstance(name, str) and name.isprintable() and name.endswith(".tar") and Path(name).name == name
             and len(name.encode(errors="replace")) <= 200)  # fmt: skip
 

@@ -61,6 +61,20 @@ def test_truncated_shard_is_refused(copy):
         IndexedSource(copy)
 
 
+@pytest.mark.parametrize("key, value", [
+    *(("name", name) for name in ("../shard-000000.tar", "/etc/passwd", "..", "a\0b.tar", "a\nb.tar", "\ud800.tar",
+                                  "x" * 300 + ".tar", "index.npy", "shard-000000.tar.lock", 7, None)),
+    *(("bytes", number) for number in (-5, "30720", None, 1e30, 10**30, True)), ("samples", -1),
+])  # fmt: skip
+def test_hostile_manifests_are_refused(copy, key, value):
+    raw = json.loads((copy / MANIFEST).read_text())
+    raw["shards"][0][key] = value
+    (copy / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"manifest.json: shard .*(is not a plain file name|is no count)") as error:
+        IndexedSource(copy)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
 def test_index_of_another_set_is_refused(copy):
     index = np.load(copy / INDEX)
     index["image_id"] += 1

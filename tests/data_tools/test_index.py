@@ -154,6 +154,10 @@ def test_bad_categories(theirs, tmp_path, text):
 
 
 def test_misuse(theirs, tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "a\nb.tar").touch()
+    with pytest.raises(UsageError, match=r"shard name 'a\\nb.tar': expected printable letters"):
+        indexed(tmp_path / "odd", write_source(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no \*.tar in it"):
         indexed(tmp_path / "empty", write_source(tmp_path))
