@@ -25,7 +25,7 @@ SHOWN_LINES = 15  # of the output of a command that failed
 BUILD = ["make", "-s", "build", f"PYTHON={sys.executable}"]
 PARTS = {
     "op": [BUILD, ["-m", "benchmarks.precision", "--device", "cuda"], ["-m", "benchmarks.op_gpu"]],
-    "tests": [BUILD, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops"]],
+    "tests": [BUILD, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]],
     "sanitizer": [BUILD, ["-m", "benchmarks.gpu_sanitizer"]],
     # Goes on where the last call was stopped, while runs/ is still there.
     "convergence": [

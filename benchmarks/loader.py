@@ -1,6 +1,7 @@
 """The data path: augmentation beside a plain pipeline, workers, reading, planning, resuming, memory, in one run.
 
-    python -m benchmarks.loader [--parts augmentation workers reading planning ranks memory] [--profile]
+    python -m benchmarks.loader [--parts augmentation workers transport reading planning padding ranks memory]
+                                [--profile]
 
 On 400 JPEG images of 640x480 (about 120 KB each) that are made for it, through the published training augmentation.
 --profile: only where a worker's time goes, stage by stage.
@@ -27,15 +28,20 @@ from benchmarks.convert import write_images
 from benchmarks.results import write
 from data_tools import convert
 from framework.data import transforms
-from framework.data.batch import IMAGENET_MEAN, IMAGENET_STD, Example, collate, padding_mask
+from framework.data.batch import IMAGENET_MEAN, IMAGENET_STD, Example, bytes_of, collate
 from framework.data.loader import DataConfig, TrainLoader
 from framework.data.order import epoch_order, rank_share, step_micro_batches, steps_per_epoch, uniform_draws
 from framework.data.source import IndexedSource
 from framework.data.transforms import Geometry, augment, decode_rgb, training_geometry, warp_boxes, warp_image
+from framework.data.transport import Sent, Slots, sent
 from framework.engine.ranks import init_ranks
 
 IMAGES, MICRO_BATCH, TURNS = 400, 4, 7
+PUBLISHED = DataConfig()
 COCO_IMAGES = 118_287
+# Usual shapes of photographs of at most 640 px, and how many of 100 have them: a guess at COCO, which is not here.
+SHAPES_HW = {(480, 640): 38, (427, 640): 18, (640, 480): 13, (640, 427): 6, (426, 640): 6, (375, 500): 5,
+             (360, 640): 3, (333, 500): 3, (612, 612): 2, (500, 375): 2, (640, 640): 2, (640, 512): 2}  # fmt: skip
 
 
 def main() -> int:
@@ -63,10 +69,9 @@ def make_shards(folder: Path) -> Path:
     return folder / "shards"
 
 
-def geometry_of(sample: Any, epoch: int = 0) -> Geometry:
-    config = DataConfig()
-    return training_geometry((sample.height, sample.width), uniform_draws(8, 0, epoch, sample.image_id), config.sizes,
-                             config.max_size, config.crop_resize, config.crop_sizes)  # fmt: skip
+def geometry_of(image_id: int, size_hw: tuple[int, int]) -> Geometry:
+    return training_geometry(size_hw, uniform_draws(8, 0, 0, image_id), PUBLISHED.sizes, PUBLISHED.max_size,
+                             PUBLISHED.crop_resize, PUBLISHED.crop_sizes)  # fmt: skip
 
 
 # One core: images to collated batches.
@@ -108,7 +113,7 @@ def plain_batch(source: IndexedSource, batch: list[int]) -> tuple[torch.Tensor, 
     images = []
     for i in batch:
         data, sample = source.read(i)
-        geometry = geometry_of(sample)
+        geometry = geometry_of(sample.image_id, (sample.height, sample.width))
         image = Image.open(io.BytesIO(data)).convert("RGB")
         if geometry.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -122,16 +127,18 @@ def plain_batch(source: IndexedSource, batch: list[int]) -> tuple[torch.Tensor, 
         images.append((pixels_3HW - mean) / std)
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     padded = torch.zeros(len(images), 3, max(h for h, _ in sizes), max(w for _, w in sizes))
-    for slot, image, (h, w) in zip(padded, images, sizes, strict=True):
+    mask = torch.ones(len(images), *padded.shape[-2:], dtype=torch.bool)
+    for slot, outside, image, (h, w) in zip(padded, mask, images, sizes, strict=True):
         slot[:, :h, :w].copy_(image)
-    return padded, padding_mask(sizes, padded.shape[-2:])
+        outside[:h, :w] = False
+    return padded, mask
 
 
 def largest_difference(source: IndexedSource) -> int:
     worst = 0
     for i in range(40):
         data, sample = source.read(i)
-        geometry = geometry_of(sample)
+        geometry = geometry_of(sample.image_id, (sample.height, sample.width))
         fast, exact = (warp_image(decode_rgb(data, way), geometry, way).astype(int) for way in ("fast", "pillow"))
         worst = max(worst, int(abs(fast - exact).max()))
     return worst
@@ -152,7 +159,7 @@ def profile(shards: Path) -> dict[str, float]:
         examples = []
         for i in range(start, start + MICRO_BATCH):
             data, sample = timed("read", source.read, i)
-            geometry = timed("geometry", geometry_of, sample)
+            geometry = timed("geometry", geometry_of, sample.image_id, (sample.height, sample.width))
             pixels = timed("warp", warp_image, timed("decode", decode_rgb, data), geometry)
             boxes, labels = timed("boxes", transforms.warped_annotations, sample, "contiguous", geometry)
             examples.append(Example(pixels, sample.image_id, (sample.height, sample.width), boxes, labels))
@@ -182,6 +189,55 @@ def workers(shards: Path) -> dict[str, Any]:
         "images/s": [{"workers": n, "images/s": MICRO_BATCH / statistics.median(t)} for n, t in seconds.items()],
         "two / one (median of pairs)": statistics.median(ratios),
         "two / one (all pairs)": ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios)),
+        "load": os.getloadavg()[0],
+    }
+
+
+class Sender(torch.utils.data.IterableDataset[Any]):
+    """A worker that sends the same images again and again: through slots, or as torch sends a padded tensor."""
+
+    def __init__(self, examples: list[Example], slots: Slots | None) -> None:
+        self.examples, self.slots = examples, slots
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield sent(self.examples, self.slots) if self.slots else padded(self.examples)
+
+
+def padded(examples: list[Example]) -> torch.Tensor:
+    height, width = (max(side) for side in zip(*[e.image_HW3.shape[:2] for e in examples], strict=True))
+    images_BHW3 = torch.zeros(len(examples), height, width, 3, dtype=torch.uint8)
+    for image, example in zip(images_BHW3, examples, strict=True):
+        h, w = example.image_HW3.shape[:2]
+        image[:h, :w] = torch.from_numpy(example.image_HW3)
+    return images_BHW3
+
+
+def transport(shards: Path) -> dict[str, Any]:
+    """Batches of ready-made images from one worker to the training process, which reads a byte of each page."""
+    source = IndexedSource(shards)
+    examples = [augment(*source.read(i), geometry_of, "contiguous") for i in range(MICRO_BATCH)]
+    slots = Slots(5, bytes_of(examples))
+    seconds: dict[str, list[float]] = {"through slots": [], "as torch sends tensors": []}
+    for _ in range(TURNS):
+        for times, used in zip(seconds.values(), (slots, None), strict=True):
+            loader = iter(torch.utils.data.DataLoader(Sender(examples, used), batch_size=None, num_workers=1))
+            for count in range(60):
+                if count == 20:  # the worker has started, and each slot has been used
+                    started = time.perf_counter()
+                message = next(loader)
+                pixels = message.received().pixels_P if isinstance(message, Sent) else message.flatten()
+                pixels[:: resource.getpagesize()].sum()
+                del message, pixels
+            times.append((time.perf_counter() - started) / 40)
+            del loader
+    slow, fast = seconds["as torch sends tensors"], seconds["through slots"]
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    return {
+        "batches": [{"way": way, "ms": 1e3 * statistics.median(times)} for way, times in seconds.items()],
+        "MB of a batch": bytes_of(examples) / 1e6,
+        "torch / slots (median of pairs)": statistics.median(ratios),
+        "torch / slots (all pairs)": ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios)),
         "load": os.getloadavg()[0],
     }
 
@@ -236,6 +292,38 @@ def in_child(function: Callable[[], Any]) -> tuple[float, float]:
     return float(seconds), float(peak)
 
 
+def padding(shards: Path) -> dict[str, Any]:
+    """Pixels that are computed for one of the images, padding included; and the work of the slowest of 8 ranks.
+
+    Of 6,400 images in a mix of shapes, without pixels: by their numbers alone.
+    """
+    shapes_hw, shares = zip(*SHAPES_HW.items(), strict=True)
+    draw = np.random.default_rng(0)
+    files_hw = [shapes_hw[i] for i in draw.choice(len(shapes_hw), 6400, p=np.array(shares) / sum(shares))]
+    sizes_hw = {i: geometry_of(i, size_hw).size_hw for i, size_hw in enumerate(files_hw)}
+    order, world = epoch_order(len(files_hw), 0, 0), 8
+    rows = []
+    for batch, micro_batch in ((32, 2), (32, 4), (64, 4), (128, 4), (256, 4)):
+        row: dict[str, Any] = {"global batch": batch, "micro-batch": micro_batch}
+        for way, size_hw_of in (("as they come", None), ("by shape", sizes_hw.__getitem__)):
+            computed = slowest = 0
+            for step in range(len(order) // batch):
+                cut = step_micro_batches(order, step, batch, micro_batch)
+                shares_px = [[padded_px([sizes_hw[i] for i in micro.tolist()]) for micro in
+                              rank_share(cut, rank, world, size_hw_of)] for rank in range(world)]  # fmt: skip
+                computed += sum(map(sum, shares_px))
+                slowest += world * max(map(sum, shares_px))
+            row |= {f"padded / own, {way}": computed, f"slowest rank, {way}": slowest}
+        row["slowest rank, by shape / as they come"] = row["slowest rank, by shape"] / row["slowest rank, as they come"]
+        own = sum(h * w for h, w in sizes_hw.values())
+        rows.append({key: value / own if type(value) is int and value > 10**6 else value for key, value in row.items()})
+    return {"worlds of 8 ranks": rows}
+
+
+def padded_px(sizes_hw: list[tuple[int, int]]) -> int:
+    return len(sizes_hw) * max(h for h, _ in sizes_hw) * max(w for _, w in sizes_hw)
+
+
 def ranks(shards: Path) -> dict[str, Any]:
     """Every sample once, and as many steps for all, over 1 to 4096 ranks; bytes of the nodes in block order."""
     shard_N = np.arange(COCO_IMAGES) // 1600
@@ -275,15 +363,15 @@ def memory(shards: Path) -> dict[str, Any]:
     return {"resident MiB after 5, 10, 15, 20 thousand": ", ".join(map(str, sizes)), "growth MiB": sizes[-1] - sizes[0]}
 
 
-def geometry_small(sample: Any) -> Geometry:
+def geometry_small(image_id: int, size_hw: tuple[int, int]) -> Geometry:
     """Of changing sizes, as in training, but small: the count matters here, not the pixels."""
-    draws = uniform_draws(8, 0, 0, sample.image_id)
-    return training_geometry((sample.height, sample.width), draws, [96, 128, 160], 256, [80, 100], [64, 96])
+    draws = uniform_draws(8, 0, 0, image_id)
+    return training_geometry(size_hw, draws, [96, 128, 160], 256, [80, 100], [64, 96])
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "augmentation": augmentation, "workers": workers, "reading": reading, "planning": planning, "ranks": ranks,
-    "memory": memory,
+    "augmentation": augmentation, "workers": workers, "transport": transport, "reading": reading,
+    "planning": planning, "padding": padding, "ranks": ranks, "memory": memory,
 }  # fmt: skip
 
 

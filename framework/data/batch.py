@@ -1,12 +1,13 @@
-"""What travels from the loader to the training step: uint8 images, zero padded, with their targets.
+"""What travels from the loader to the training step: uint8 pixels and their targets.
 
-Padding mask, float and normalisation are made on the device: a quarter of the bytes cross the bus.
+Padding, its mask, float and normalisation are made on the device: less than a quarter of the bytes cross the bus.
 
-# B image of the micro-batch, N box of the micro-batch (image after image), H W padded pixels
+# B image of the micro-batch, N box of the micro-batch (image after image), P its bytes, H W padded pixels
 """
 
-import copy
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,27 +54,35 @@ class Targets:
     image_N: Tensor = field(init=False)  # int64: the place in the batch of each box's image
 
     def __post_init__(self) -> None:
-        self.image_N = torch.arange(len(self.counts_B)).repeat_interleave(torch.tensor(self.counts_B))
+        self.image_N = torch.from_numpy(np.repeat(np.arange(len(self.counts_B)), self.counts_B))
 
     def to(self, device: torch.device | str) -> "Targets":
-        moved = copy.copy(self)
-        for name in ("labels_N", "boxes_cxcywh_N4", "valid_B", "image_N"):
-            setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
-        return moved
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Targets":
+        return self._changed(Tensor.pin_memory)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        changed = Targets.__new__(Targets)
+        for name, value in vars(self).items():
+            setattr(changed, name, change(value) if isinstance(value, Tensor) else value)
+        return changed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_arrays, (Targets, *_arrays(self))
 
 
 @dataclass
 class Batch:
     """A micro-batch.
 
-    images_BHW3: uint8, each image in the upper left corner, zeros beside and below it; channels last, as decoders and
-        resizers leave them: the device moves them first, for less than a worker would take.
-    sizes_hw: of the images after augmentation, without padding. original_sizes_hw: of the files.
+    pixels_P: uint8, image after image, each (height, width, 3) without padding, as decoders and resizers leave them.
+    sizes_hw: of the images after augmentation. original_sizes_hw: of the files.
     image_ids: -1 for the slots that fill up the tail of an epoch.
     bad: one message for each masked slot that a damaged sample caused.
     """
 
-    images_BHW3: Tensor
+    pixels_P: Tensor
     sizes_hw: list[tuple[int, int]]
     original_sizes_hw: list[tuple[int, int]]
     image_ids: list[int]
@@ -81,29 +90,58 @@ class Batch:
     bad: list[str]
 
     def inputs(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """What the model takes: normalised float32 images, zero on padding; bool mask, True on padding."""
-        images = self.images_BHW3.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        mask = padding_mask(self.sizes_hw, images.shape[-2:]).to(device, non_blocking=True)
-        return images.sub_(mean).div_(std).masked_fill_(mask[:, None], 0.0), mask
+        """What the model takes: normalised float32 images (B, 3, H, W) and a bool mask (B, H, W), True on padding.
+
+        H and W are the largest of the micro-batch; each image is in the upper left corner, zeros beside and below it.
+        """
+        height, width = (max(side) for side in zip(*self.sizes_hw, strict=True))
+        images_B3HW = torch.zeros(len(self.sizes_hw), 3, height, width, device=device)
+        mask_BHW = torch.ones(len(self.sizes_hw), height, width, dtype=torch.bool, device=device)
+        mean_311, std_311 = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = self.pixels_P.to(device, non_blocking=True)
+        for padded, mask, image_HW3 in zip(images_B3HW, mask_BHW, images_in(pixels, self.sizes_hw), strict=True):
+            h, w = image_HW3.shape[:2]
+            padded[:, :h, :w].copy_(image_HW3.permute(2, 0, 1)).div_(255).sub_(mean_311).div_(std_311)
+            mask[:h, :w] = False
+        return images_B3HW, mask_BHW
+
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU reads by itself, while the processor goes on."""
+        return replace(self, pixels_P=self.pixels_P.pin_memory(), targets=self.targets.pin_memory())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_arrays, (Batch, *_arrays(self))
 
 
-def padding_mask(sizes_hw: list[tuple[int, int]], padded_hw: tuple[int, ...]) -> Tensor:
-    """(B, H, W) bool, True outside each image's own size."""
-    mask_BHW = torch.ones(len(sizes_hw), *padded_hw, dtype=torch.bool)
-    for mask_HW, (height, width) in zip(mask_BHW, sizes_hw, strict=True):
-        mask_HW[:height, :width] = False
-    return mask_BHW
+# Between processes tensors travel as arrays: torch would open a piece of shared memory, and a file, for each of them.
 
 
-def collate(examples: list[Example]) -> Batch:
-    """Pad to the largest image of the micro-batch and put all boxes into one tensor."""
+def _arrays(record: Targets | Batch) -> list[Any]:
+    values = [getattr(record, f.name) for f in fields(record) if f.init]
+    return [value.numpy() if isinstance(value, Tensor) else value for value in values]
+
+
+def _from_arrays(kind: Any, *values: Any) -> Any:
+    return kind(*[torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values])
+
+
+def images_in(pixels_P: Any, sizes_hw: Sequence[tuple[int, int]]) -> list[Any]:
+    """Views of a tensor or array of pixels: each image (height, width, 3)."""
+    ends = np.cumsum([3 * height * width for height, width in sizes_hw]).tolist()
+    return [pixels_P[end - 3 * h * w : end].reshape(h, w, 3) for end, (h, w) in zip(ends, sizes_hw, strict=True)]
+
+
+def bytes_of(examples: Sequence[Example]) -> int:
+    """That their pixels take."""
+    return sum(example.image_HW3.size for example in examples)
+
+
+def collate(examples: Sequence[Example], buffer_P: np.ndarray | None = None) -> Batch:
+    """All pixels and all boxes one after another; the pixels in the buffer (uint8, of `bytes_of`) if there is one."""
     sizes_hw = [(example.image_HW3.shape[0], example.image_HW3.shape[1]) for example in examples]
-    height, width = (max(side) for side in zip(*sizes_hw, strict=True))
-    images_BHW3 = np.zeros((len(examples), height, width, 3), dtype=np.uint8)
-    for image_HW3, example, (h, w) in zip(images_BHW3, examples, sizes_hw, strict=True):
-        image_HW3[:h, :w] = example.image_HW3
+    pixels_P = np.empty(bytes_of(examples), np.uint8) if buffer_P is None else buffer_P
+    for place_HW3, example in zip(images_in(pixels_P, sizes_hw), examples, strict=True):
+        place_HW3[:] = example.image_HW3
     targets = Targets(
         labels_N=torch.from_numpy(np.concatenate([e.labels_N for e in examples])),
         boxes_cxcywh_N4=torch.from_numpy(np.concatenate([e.boxes_cxcywh_N4 for e in examples])),
@@ -111,7 +149,7 @@ def collate(examples: list[Example]) -> Batch:
         valid_B=torch.tensor([e.valid for e in examples]),
     )
     return Batch(
-        torch.from_numpy(images_BHW3),
+        torch.from_numpy(pixels_P),
         sizes_hw,
         [e.original_size_hw for e in examples],
         [e.image_id for e in examples],

@@ -4,8 +4,8 @@
                       |
     worker w of W:  plan ------> read ------> augment ------> collate ------> WebLoader ------> steps
                     micro-       encoded      uint8 RGB       one Batch,      in the plan's     lists of
-                    batches      bytes,       and boxes       padded          order, for        Batches
-                    i % W == w   JSON                                         any W
+                    batches      bytes,       and boxes       its pixels      order, for        Batches
+                    i % W == w   JSON                         in a slot       any W
 
 Each arrow carries one micro-batch. A sample that cannot be used becomes a masked slot with a message
 (`Batch.bad`) and goes on through the stages; nothing is dropped. To resume, the plan starts later.
@@ -44,7 +44,15 @@ from framework.data.order import (
 )
 from framework.data.remote import Cache, RemoteSet, is_remote
 from framework.data.source import BadSample, IndexedSource
-from framework.data.transforms import Backend, Geometry, augment, evaluation_geometry, training_geometry
+from framework.data.transforms import (
+    Backend,
+    Geometry,
+    GeometryOf,
+    augment,
+    evaluation_geometry,
+    training_geometry,
+)
+from framework.data.transport import Sent, Slots, sent
 from framework.errors import InputError, UsageError
 
 log = logging.getLogger("tenfold")
@@ -52,6 +60,8 @@ log = logging.getLogger("tenfold")
 Labels = Literal["contiguous", "category_id"]
 Order = Literal["full", "block"]
 Tail = Literal["drop", "mask"]
+
+PREFETCHED = 2  # batches that each worker makes ahead
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class DataConfig:
     cache, cache_gib: folder on each node's disk for what URLs name (null: ~/.cache/tenfold), and what it may hold.
     labels: the number that a class has in the model.
     order, tail: of an epoch, see framework/data/order.py.
+    group_by_shape: put images that are alike in shape and size after augmentation into one micro-batch, among the 32
+        neighbours in the epoch's order: less padding to compute.
     workers: processes of each rank that read and decode; 0: the training process does it.
     max_bad: so many unusable samples are masked and logged; one more fails the run.
     sizes, max_size: short sides to choose from, bound on the long side.
@@ -77,6 +89,7 @@ class DataConfig:
     labels: Labels = "contiguous"
     order: Order = "full"
     tail: Tail = "drop"
+    group_by_shape: bool = False
     workers: int = 2
     max_bad: int = 0
     backend: Backend = "fast"
@@ -146,11 +159,18 @@ class TrainLoader:
         order = epoch_order(len(self.source), self.seed, epoch, self.config.order, self.source.index["shard"])
         steps = range(first_step, self.steps_per_epoch)
         sizes = self.global_batch, self.micro_batch
-        plan = partial(_training_plan, order, steps, *sizes, self.rank, self.world)
         geometry_of = partial(_training_geometry_of, self.config, self.seed, epoch)
-        batches = _load(self.source, plan, geometry_of, self.config)
+        size_hw_of = partial(self._size_hw, geometry_of) if self.config.group_by_shape else None
+        plan = partial(_training_plan, order, steps, *sizes, self.rank, self.world, size_hw_of)
+        batches = _load(self.source, plan, geometry_of, self.config, self.micro_batch, self.accumulation)
         while step := list(islice(batches, self.accumulation)):
             yield step
+
+    def _size_hw(self, geometry_of: GeometryOf, i: int) -> tuple[int, int]:
+        """Of sample i after augmentation: drawn from the index alone, before anything is read."""
+        if i == MASKED:
+            return MASKED_SIDE_PX, MASKED_SIDE_PX
+        return geometry_of(self.source.image_id(i), self.source.size_hw(i)).size_hw
 
 
 class EvalLoader:
@@ -171,7 +191,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         plan = partial(_evaluation_plan, self._groups, self.batch_size, len(self.source))
-        return _load(self.source, plan, partial(_evaluation_geometry_of, self.config), self.config)
+        return _load(self.source, plan, partial(_evaluation_geometry_of, self.config), self.config, self.batch_size, 1)
 
     def ground_truth(self) -> dict[str, list[dict[str, Any]]]:
         """All images, annotations (crowds included) and classes of the set, in COCO's format.
@@ -236,10 +256,16 @@ def _open(location: str | Path, config: DataConfig) -> IndexedSource:
 
 
 def _training_plan(
-    order: np.ndarray, steps: range, global_batch: int, micro_batch: int, rank: int, world: int
+    order: np.ndarray,
+    steps: range,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    size_hw_of: Callable[[int], tuple[int, int]] | None = None,
 ) -> Iterator[np.ndarray]:
     for step in steps:
-        yield from rank_share(step_micro_batches(order, step, global_batch, micro_batch), rank, world)
+        yield from rank_share(step_micro_batches(order, step, global_batch, micro_batch), rank, world, size_hw_of)
 
 
 def _evaluation_plan(groups: range, batch_size: int, num_samples: int) -> Iterator[np.ndarray]:
@@ -247,13 +273,15 @@ def _evaluation_plan(groups: range, batch_size: int, num_samples: int) -> Iterat
         yield np.arange(group * batch_size, min((group + 1) * batch_size, num_samples))
 
 
-# Geometries of a sample.
+# Geometries of an image, by its id and its size (height, width).
 
 
-def _training_geometry_of(config: DataConfig, seed: int, epoch: int, sample: Sample) -> Geometry:
+def _training_geometry_of(
+    config: DataConfig, seed: int, epoch: int, image_id: int, size_hw: tuple[int, int]
+) -> Geometry:
     return training_geometry(
-        (sample.height, sample.width),
-        uniform_draws(8, seed, epoch, sample.image_id),
+        size_hw,
+        uniform_draws(8, seed, epoch, image_id),
         config.sizes,
         config.max_size,
         config.crop_resize,
@@ -261,8 +289,8 @@ def _training_geometry_of(config: DataConfig, seed: int, epoch: int, sample: Sam
     )
 
 
-def _evaluation_geometry_of(config: DataConfig, sample: Sample) -> Geometry:
-    return evaluation_geometry((sample.height, sample.width), max(config.sizes), config.max_size)
+def _evaluation_geometry_of(config: DataConfig, image_id: int, size_hw: tuple[int, int]) -> Geometry:
+    return evaluation_geometry(size_hw, max(config.sizes), config.max_size)
 
 
 # Stages.
@@ -277,21 +305,28 @@ class Encoded(NamedTuple):
 def _load(
     source: IndexedSource,
     plan: Callable[[], Iterator[np.ndarray]],
-    geometry_of: Callable[[Sample], Geometry],
+    geometry_of: GeometryOf,
     config: DataConfig,
+    batch_size: int,
+    held: int,
 ) -> Iterator[Batch]:
-    workers = [_Worker(source) for _ in range(config.workers)]
+    """held: so many batches the caller keeps at a time, while it asks for as many again."""
+    slots = PREFETCHED + 1 + 2 * -(-held // max(1, config.workers))
+    size = 3 * batch_size * max(config.sizes) * config.max_size
+    workers = [_Worker(source, Slots(slots, size)) for _ in range(config.workers)]
     _workers.update(workers)
     stages = DataPipeline(
         partial(_plan, plan),
         partial(_read, source, workers),
         partial(_augment, source, workers, geometry_of, config.labels, config.backend),
-        _collate,
+        partial(_collate, workers),
     )
     loader = WebLoader(
         stages,
         batch_size=None,
         num_workers=config.workers,
+        prefetch_factor=PREFETCHED if config.workers else None,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(_start_worker, workers),
         multiprocessing_context="fork" if config.workers else None,
         generator=torch.Generator(),  # the default is the global one, which would move with each iteration
@@ -326,7 +361,7 @@ def _read_one(source: IndexedSource, workers: "list[_Worker]", i: int) -> Encode
 def _augment(
     source: IndexedSource,
     workers: "list[_Worker]",
-    geometry_of: Callable[[Sample], Geometry],
+    geometry_of: GeometryOf,
     labels: str,
     backend: Backend,
     micro_batches: Iterable[list[Encoded | Example]],
@@ -345,19 +380,20 @@ def _augment(
         yield [one(slot) for slot in slots]
 
 
-def _collate(micro_batches: Iterable[list[Example]]) -> Iterator[Batch]:
+def _collate(workers: "list[_Worker]", micro_batches: Iterable[list[Example]]) -> Iterator[Batch | Sent]:
+    info = get_worker_info()
     for examples in micro_batches:
-        yield collate(examples)
+        yield sent(examples, workers[info.id].slots) if info else collate(examples)
 
 
 # Worker processes.
 
 
 class _Worker:
-    """What a worker process tells the training process: its pid, and the sample that it works on."""
+    """What a worker process tells the training process: its pid, and the sample that it works on; and its slots."""
 
-    def __init__(self, source: IndexedSource) -> None:
-        self.source, self.shared = source, RawArray("q", [0, MASKED])
+    def __init__(self, source: IndexedSource, slots: Slots) -> None:
+        self.source, self.slots, self.shared = source, slots, RawArray("q", [0, MASKED])
 
 
 _workers: "weakref.WeakSet[_Worker]" = weakref.WeakSet()  # of all loaders of this process
@@ -389,7 +425,7 @@ def dead_workers_told() -> Iterator[None]:
                          "data.workers") from error  # fmt: skip
 
 
-def _told(batches: Iterator[Batch], workers: list[_Worker]) -> Iterator[Batch]:
+def _told(batches: Iterator[Batch | Sent], workers: list[_Worker]) -> Iterator[Batch]:
     """The batches; an error of a worker, which torch has wrapped in the worker's traceback, as one line again."""
     while True:
         try:
@@ -400,7 +436,7 @@ def _told(batches: Iterator[Batch], workers: list[_Worker]) -> Iterator[Batch]:
         except (InputError, UsageError) as error:
             said = str(error).rstrip().rpartition(f"{type(error).__name__}: ")[2] if workers else str(error)
             raise type(error)(said) from error
-        yield batch
+        yield batch.received() if isinstance(batch, Sent) else batch
 
 
 def _start_worker(workers: list[_Worker], worker: int) -> None:

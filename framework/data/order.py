@@ -4,13 +4,15 @@ Order and augmentation draw from one keyed hash (splitmix64) instead of a random
 change with its version: a run that is resumed years later sees the same images in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 BLOCK_SHARDS = 8  # of 256 MiB: 2 GiB are shuffled together, which fits the page cache of any node
 MASKED = -1  # the index of a slot with no sample: the rest of the last batch of an epoch with tail 'mask'
+
+WINDOW = 32  # samples whose shapes are compared: the paper's batch
 
 _GAMMA, _LOW_64 = 0x9E3779B97F4A7C15, (1 << 64) - 1
 _SAMPLES, _SHARDS, _PIXELS = 0, 1, 2  # uses of one (seed, epoch)
@@ -82,11 +84,46 @@ def step_micro_batches(order: np.ndarray, step: int, global_batch: int, micro_ba
     return [samples[start : start + micro_batch] for start in range(0, global_batch, micro_batch)]
 
 
-def rank_share(micro_batches: Sequence[np.ndarray], rank: int, world: int) -> Sequence[np.ndarray]:
-    """The whole micro-batches of one rank: neighbours, as many for each rank."""
+def rank_share(
+    micro_batches: Sequence[np.ndarray],
+    rank: int,
+    world: int,
+    size_hw_of: Callable[[int], tuple[int, int]] | None = None,
+) -> Sequence[np.ndarray]:
+    """The whole micro-batches of one rank: neighbours, as many for each rank; by shape if there are sizes."""
     assert len(micro_batches) % world == 0, f"{len(micro_batches)} micro-batches over {world} ranks"
     accumulation = len(micro_batches) // world
-    return micro_batches[rank * accumulation : (rank + 1) * accumulation]
+    share = range(rank * accumulation, (rank + 1) * accumulation)
+    if size_hw_of is None:
+        return micro_batches[share.start : share.stop]
+    length = max(1, WINDOW // len(micro_batches[0]))
+    windows = range(share.start // length * length, share.stop, length)
+    by_shape = [one for at in windows for one in _by_shape(micro_batches[at : at + length], size_hw_of)]
+    return by_shape[share.start - windows.start : share.stop - windows.start]
+
+
+def _by_shape(
+    micro_batches: Sequence[np.ndarray], size_hw_of: Callable[[int], tuple[int, int]]
+) -> Sequence[np.ndarray]:
+    """The same samples in as many micro-batches, each of shapes that are alike, so that little of it is padding.
+
+    The smallest comes first, then the largest, the second smallest, the second largest, ...: neighbours, whatever
+    their number, are about as much work as any other, so that no rank waits long for another.
+    """
+    sizes_hw = {i: size_hw_of(i) for i in np.concatenate(micro_batches).tolist()}
+
+    def shape(i: int) -> tuple[bool, int, int, int]:
+        height, width = sizes_hw[i]
+        return width > height, max(height, width), min(height, width), i
+
+    def area(samples: np.ndarray) -> int:
+        heights, widths = zip(*[sizes_hw[i] for i in samples.tolist()], strict=True)
+        return max(heights) * max(widths)
+
+    samples = np.array(sorted(np.concatenate(micro_batches).tolist(), key=shape), dtype=np.int64)
+    cut = sorted(samples.reshape(len(micro_batches), -1), key=area)
+    half = -(-len(cut) // 2)
+    return [one for pair in zip(cut[:half], [*cut[half:][::-1], None], strict=False) for one in pair if one is not None]
 
 
 def hash_64(values: np.ndarray, *key: int) -> np.ndarray:

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.sample import INDEX, Manifest, Sample, is_class, read_index, read_manifest, samples_per_shard
+from data_tools.sample import (
+    INDEX,
+    INDEX_DTYPE,
+    Manifest,
+    Sample,
+    is_class,
+    read_index,
+    read_manifest,
+    samples_per_shard,
+)
 from framework.data.remote import Cache, RemoteSet, is_remote
 from framework.errors import InputError
 from framework.files import crc32, sha256_of
@@ -45,6 +54,8 @@ class IndexedSource:
         if not self.remote:
             _check_shards(folder, self.manifest)
         _check_index(folder, self.manifest, self.index)
+        self._records = self.index.view(np.ndarray)  # a memmap takes far longer to give one of them
+        self._last: tuple[int | None, dict[str, int]] = None, {}
         self._files: dict[int, int] = {}
         self._used_s: dict[int, float] = {}
         weakref.finalize(self, _close, self._files)
@@ -73,22 +84,28 @@ class IndexedSource:
         return sample
 
     def image_id(self, i: int) -> int:
-        return int(self.index[i]["image_id"])
+        return self._record(i)["image_id"]
 
     def size_hw(self, i: int) -> tuple[int, int]:
-        return int(self.index[i]["height"]), int(self.index[i]["width"])
+        record = self._record(i)
+        return record["height"], record["width"]
 
     def bad(self, i: int, reason: str, member: str = "image") -> BadSample:
         return BadSample(f"{self.where(i, member)}: {reason}")
 
     def where(self, i: int, member: str = "image") -> str:
-        record = self.index[i]
+        record = self._record(i)
         shard, offset = self.manifest.shards[record["shard"]].name, record[f"{member}_offset"]
         return f"image {record['image_id']} in {self.location}/{shard} at offset {offset}"
 
+    def _record(self, i: int) -> dict[str, int]:
+        if self._last[0] != i:  # a sample's record is asked for several times
+            self._last = i, dict(zip(INDEX_DTYPE.names or (), self._records[i].item(), strict=True))
+        return self._last[1]
+
     def _member(self, i: int, member: str) -> bytes:
-        record = self.index[i]
-        length, offset, shard = int(record[f"{member}_length"]), int(record[f"{member}_offset"]), int(record["shard"])
+        record = self._record(i)
+        length, offset, shard = record[f"{member}_length"], record[f"{member}_offset"], record["shard"]
         try:
             data = os.pread(self._file(shard), length, offset)
         except OSError as error:

@@ -50,6 +50,9 @@ class Geometry:
     size_hw: tuple[int, int]
 
 
+GeometryOf = Callable[[int, tuple[int, int]], Geometry]  # by image id and size
+
+
 def training_geometry(
     size_hw: tuple[int, int],
     draws: Sequence[float],
@@ -176,12 +179,16 @@ def decode(data: bytes) -> Image.Image:
 
 
 def augment(
-    data: bytes, sample: Sample, geometry_of: Callable[[Sample], Geometry], labels: str, backend: Backend = "fast"
+    data: bytes,
+    sample: Sample,
+    geometry_of: GeometryOf,
+    labels: str,
+    backend: Backend = "fast",
 ) -> Example:
     """An encoded image and its annotations as an Example: crowds are left out, and boxes with no area left.
 
     Args:
-        geometry_of: of a sample, by its size and image id.
+        geometry_of: by image id and size.
         labels: 'contiguous' or 'category_id': which number of its class a box gets.
     Raises:
         InputError: not an image, not of the size that its annotations were made for, or no numbers in them.
@@ -192,7 +199,7 @@ def augment(
         raise InputError(
             f"the image is {width} x {height} pixels, its annotations are for {sample.width} x {sample.height}"
         )
-    geometry = geometry_of(sample)
+    geometry = geometry_of(sample.image_id, (height, width))
     boxes_cxcywh_N4, labels_N = warped_annotations(sample, labels, geometry)
     pixels_HW3 = warp_image(image_HW3, geometry, backend)
     return Example(pixels_HW3, sample.image_id, (height, width), boxes_cxcywh_N4, labels_N)

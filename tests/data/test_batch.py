@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from framework.data.batch import Example, collate, masked_example
+from framework.data.batch import Example, collate, images_in, masked_example
 
 
 def example(image_id: int, height: int, width: int, boxes: int) -> Example:
@@ -15,18 +15,16 @@ def example(image_id: int, height: int, width: int, boxes: int) -> Example:
     )
 
 
-def test_collate_pads_below_and_beside():
+def test_collate_puts_images_one_after_another():
     examples = [example(1, 40, 35, 2), masked_example(7, (480, 640), "image 7: gone"), example(2, 33, 50, 3)]
     batch = collate(examples)
-    assert batch.images_BHW3.shape == (3, 40, 50, 3) and batch.images_BHW3.dtype == torch.uint8
+    assert batch.pixels_P.shape == (3 * (40 * 35 + 32 * 32 + 33 * 50),) and batch.pixels_P.dtype == torch.uint8
     assert batch.sizes_hw == [(40, 35), (32, 32), (33, 50)]
     assert batch.original_sizes_hw == [(80, 70), (480, 640), (66, 100)]
     assert batch.image_ids == [1, 7, 2]
     assert batch.bad == ["image 7: gone"]
-    for image, item in zip(batch.images_BHW3, examples, strict=True):
-        height, width = item.image_HW3.shape[:2]
-        assert np.array_equal(image[:height, :width], item.image_HW3)
-        assert not image[height:].any() and not image[:, width:].any()
+    for image, item in zip(images_in(batch.pixels_P, batch.sizes_hw), examples, strict=True):
+        assert np.array_equal(image, item.image_HW3)
     targets = batch.targets.to("cpu")
     assert targets.counts_B == [2, 0, 3]
     assert targets.valid_B.tolist() == [True, False, True]

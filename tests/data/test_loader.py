@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from framework.data import loader as loader_module
-from framework.data.batch import Batch
+from framework.data.batch import Batch, images_in
 from framework.data.loader import DataConfig, EvalLoader, TrainLoader, dead_workers_told
 from framework.data.loader import _training_plan as training_plan
 from framework.data.order import MASKED, DataState, epoch_order, steps_per_epoch
@@ -34,7 +34,7 @@ def train_loader(folder, rank=0, world=1, seed=5, global_batch=8, micro_batch=2,
 def digest(batch: Batch) -> str:
     """A few characters that stand for every bit of a batch."""
     targets = batch.targets
-    tensors = (batch.images_BHW3, targets.labels_N, targets.boxes_cxcywh_N4, targets.valid_B)
+    tensors = (batch.pixels_P, targets.labels_N, targets.boxes_cxcywh_N4, targets.valid_B)
     rest = (batch.sizes_hw, batch.original_sizes_hw, batch.image_ids, targets.counts_B, batch.bad)
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors) + repr(rest).encode()).hexdigest()[:12]
 
@@ -130,12 +130,23 @@ def test_an_epoch_is_every_image_once_over_the_ranks(shards, order):
         assert set(found) <= set(range(1000, 1000 + NUM_IMAGES))
 
 
+def test_images_of_alike_shapes_share_micro_batches(shards):
+    """As they are after augmentation, which crops half of them; and each is in the same step as without it."""
+    loaders = [train_loader(shards, global_batch=16, group_by_shape=grouped) for grouped in (True, False)]
+    by_shape, as_they_come = ([batch for batch in next(loader.epoch(0))] for loader in loaders)
+    padding = [sum(batch.inputs("cpu")[1].sum().item() for batch in step) for step in (by_shape, as_they_come)]
+    assert 0 < padding[0] < 0.6 * padding[1]
+    assert sorted(i for b in by_shape for i in b.image_ids) == sorted(i for b in as_they_come for i in b.image_ids)
+    ranks = [next(train_loader(shards, rank, 4, global_batch=16, group_by_shape=True).epoch(0)) for rank in range(4)]
+    assert [digest(batch) for step in ranks for batch in step] == [digest(batch) for batch in by_shape]
+
+
 def test_tail_slots_are_masked_without_a_message(shards):
     *_, last = train_loader(shards, tail="mask").epoch(0)
     batch = last[-1]
     assert batch.image_ids[-1] == -1 and batch.bad == []
     assert batch.targets.valid_B.tolist() == [True, False] and batch.targets.counts_B[-1] == 0
-    assert batch.sizes_hw[-1] == (32, 32) and not batch.images_BHW3[-1].any()
+    assert batch.sizes_hw[-1] == (32, 32) and not images_in(batch.pixels_P, batch.sizes_hw)[-1].any()
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
@@ -173,17 +184,21 @@ def test_killed_anywhere_and_resumed_on_any_number_of_ranks():
         global_batch = micro_batch * accumulated * max(worlds)
         images += global_batch
         mode, tail = draw.choice([("full", "drop"), ("block", "mask"), ("full", "mask")])
+        sizes_hw = draw.integers(30, 100, (images, 2))
+        size_hw_of = draw.choice([None, lambda i, sizes_hw=sizes_hw: (32, 32) if i == MASKED else tuple(sizes_hw[i])])
         per_epoch, shard_N = steps_per_epoch(images, global_batch, tail), np.sort(draw.integers(0, 9, images))
 
-        def train(state, world, steps, micro_batch=micro_batch, mode=mode, per_epoch=per_epoch, shard_N=shard_N):
-            """The samples of each step from `state` on, and the state after them."""
+        def train(state, world, steps, micro_batch=micro_batch, mode=mode, per_epoch=per_epoch, shard_N=shard_N,
+                  size_hw_of=size_hw_of):  # fmt: skip
+            """The micro-batches of each step from `state` on, and the state after them."""
             done = []
             for _ in range(steps):
                 if not done or state.samples_consumed == 0:
                     order = epoch_order(len(shard_N), state.seed, state.epoch, mode, shard_N)
                 first, sizes = state.samples_consumed // state.global_batch, (state.global_batch, micro_batch)
-                plans = [training_plan(order, range(first, first + 1), *sizes, rank, world) for rank in range(world)]
-                done.append(sorted(int(i) for plan in plans for micro in plan for i in micro))
+                steps_of = [training_plan(order, range(first, first + 1), *sizes, rank, world, size_hw_of)
+                            for rank in range(world)]  # fmt: skip
+                done.append([micro.tolist() for plan in steps_of for micro in plan])
                 state = replace(state, samples_consumed=state.samples_consumed + state.global_batch)
                 if first + 1 == per_epoch:
                     state = replace(state, epoch=state.epoch + 1, samples_consumed=0)
@@ -194,7 +209,7 @@ def test_killed_anywhere_and_resumed_on_any_number_of_ranks():
         before, state = train(begin, worlds[0], killed_at)
         after, _ = train(DataState(**json.loads(json.dumps(asdict(state)))), worlds[1], total - killed_at)
         assert before + after == train(begin, 1, total)[0]
-        epoch = [i for step in (before + after)[:per_epoch] for i in step if i != MASKED]
+        epoch = [i for step in (before + after)[:per_epoch] for micro in step for i in micro if i != MASKED]
         assert len(epoch) == len(set(epoch)) == (images if tail == "mask" else per_epoch * global_batch)
 
 
@@ -209,10 +224,8 @@ def test_pixels_depend_on_epoch_and_image_alone(shards):
         found = {}
         for step in train_loader(shards, tail="mask", **loader).epoch(epoch):
             for batch in step:
-                for image, (height, width), image_id in zip(
-                    batch.images_BHW3, batch.sizes_hw, batch.image_ids, strict=True
-                ):
-                    found[image_id] = hashlib.sha256(image[:height, :width].numpy().tobytes()).digest()
+                for image, image_id in zip(images_in(batch.pixels_P, batch.sizes_hw), batch.image_ids, strict=True):
+                    found[image_id] = hashlib.sha256(image.numpy().tobytes()).digest()
         return found
 
     expected = pixels(0)
@@ -248,7 +261,7 @@ def test_bad_samples_are_masked_and_named_on_any_rank(damaged):
         for b, image_id in enumerate(batch.image_ids):
             if not batch.targets.valid_B[b]:
                 masked[image_id] = (
-                    batch.images_BHW3[b].any().item(),
+                    images_in(batch.pixels_P, batch.sizes_hw)[b].any().item(),
                     batch.sizes_hw[b],
                     batch.targets.counts_B[b],
                 )

@@ -6,6 +6,7 @@ import pytest
 
 from framework.data.order import (
     BLOCK_SHARDS,
+    WINDOW,
     epoch_order,
     hash_64,
     rank_share,
@@ -124,3 +125,31 @@ def test_ten_million_samples():
     start = time.perf_counter()
     epoch_order(10_000_000, seed=0, epoch=0)
     print(f"epoch_order over 10M samples: {time.perf_counter() - start:.2f} s")
+
+
+def test_micro_batches_by_shape():
+    """Four of each of eight sizes, two images each: alike ones together, neighbours as much work as any others."""
+    sides = np.array([10, 20, 30, 40])[np.arange(32) % 4]
+    wide = np.arange(32) % 8 < 4
+
+    def size_hw_of(i: int) -> tuple[int, int]:
+        return (5, int(sides[i])) if wide[i] else (int(sides[i]), 5)
+
+    cut = [np.arange(32)[start : start + 2] for start in range(0, 32, 2)]
+    found = rank_share(cut, 0, 1, size_hw_of)
+    assert sorted(np.concatenate(found).tolist()) == list(range(32))
+    assert all(size_hw_of(a) == size_hw_of(b) for a, b in found)
+    work = [int(sides[a]) for a, _ in found]
+    assert {a + b for a, b in zip(work[::2], work[1::2], strict=True)} == {50}
+    for world in (2, 4, 8, 16):
+        shares = [rank_share(cut, rank, world, size_hw_of) for rank in range(world)]
+        assert np.array_equal(np.concatenate(shares), found)
+
+
+def test_shapes_are_compared_inside_windows():
+    """A rank asks for the sizes of its own windows alone: with 64 ranks, a few of a thousand."""
+    cut = list(np.arange(1024).reshape(-1, 4))
+    for rank in (0, 17, 63):
+        asked = set()
+        rank_share(cut, rank, 64, lambda i, asked=asked: (asked.add(i) or 10, 10))
+        assert asked == set(range(rank * 16 // WINDOW * WINDOW, rank * 16 // WINDOW * WINDOW + WINDOW))

@@ -276,8 +276,8 @@ def test_bombs_are_input_errors(monkeypatch):
 # A whole sample
 
 
-def whole(sample) -> Geometry:
-    return evaluation_geometry((sample.height, sample.width), 30, 100)
+def whole(image_id, size_hw) -> Geometry:
+    return evaluation_geometry(size_hw, 30, 100)
 
 
 def test_augment_gives_fractions_without_crowds():
