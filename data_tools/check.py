@@ -5,6 +5,7 @@ manifest -> index -> each shard: size, sha256, members -> each sample: crc32, JS
 
 import argparse
 import io
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -207,7 +208,7 @@ def sample_faults(
 
 
 def member_bytes(file: BinaryIO, record: np.void, kind: str) -> bytes | None:
-    if int(record[f"{kind}_offset"]) >= 2**63:  # more than a file can have
+    if int(record[f"{kind}_offset"]) > os.fstat(file.fileno()).st_size:  # more than seek takes, perhaps
         return None
     file.seek(int(record[f"{kind}_offset"]))
     data = file.read(int(record[f"{kind}_length"]))

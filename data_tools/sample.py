@@ -150,15 +150,31 @@ def read_manifest(folder: str | Path) -> Manifest:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a manifest of shards ({type(error).__name__}: {error})") from error
-    for shard in manifest.shards:
-        if not is_plain(shard.name):
-            raise InputError(f"{path}: shard name {shard.name!r:.99} is not a plain file name that ends in .tar")
-        for key, number in (("bytes", shard.bytes), ("samples", shard.samples)):
-            if type(number) is not int or not 0 <= number < 2**60:
-                raise InputError(f"{path}: shard {shard.name}: {key} {number!r:.99} is no count")
+    _check_types(path, manifest)
     if manifest.fingerprint != manifest.computed_fingerprint():
         raise InputError(f"{path}: its fingerprint {manifest.fingerprint!r} does not fit its content; it was edited")
     return manifest
+
+
+def _check_types(path: Path, manifest: Manifest) -> None:
+    """Raises InputError: a number that is no count, a text that is none, a name that leaves the folder."""
+    counts = [("images", manifest.images), ("boxes", manifest.boxes)]
+    texts = [("index_sha256", manifest.index_sha256), ("fingerprint", manifest.fingerprint)]
+    for shard in manifest.shards:
+        if not is_plain(shard.name):
+            raise InputError(f"{path}: shard name {shard.name!r:.99} is not a plain file name that ends in .tar")
+        counts += [(f"shard {shard.name}: bytes", shard.bytes), (f"shard {shard.name}: samples", shard.samples)]
+        texts += [(f"shard {shard.name}: sha256", shard.sha256)]
+    for one in manifest.classes:
+        if type(one.category_id) is not int or not -(2**63) <= one.category_id < 2**63:
+            raise InputError(f"{path}: category id {one.category_id!r:.99} is no number")
+        texts += [("name of a class", one.name)]
+    for key, number in counts:
+        if type(number) is not int or not 0 <= number < 2**60:
+            raise InputError(f"{path}: {key} {number!r:.99} is no count")
+    for key, text in texts:
+        if type(text) is not str:
+            raise InputError(f"{path}: {key} {text!r:.99} is no text")
 
 
 def is_plain(name: object) -> bool:
@@ -172,8 +188,8 @@ def read_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
     path = Path(folder) / INDEX
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not an index ({error}); convert the data again") from error
+    except Exception as error:  # numpy's parser raises whatever a damaged header makes it stumble over
+        raise InputError(f"{path}: not an index ({' '.join(str(error).split())}); convert the data again") from error
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.images,):
         raise InputError(
             f"{path}: {index.shape} records of {index.dtype}, expected {manifest.images}; convert the data again"

@@ -153,6 +153,9 @@ def _check_index(folder: Path, manifest: Manifest, index: np.ndarray) -> None:
         raise InputError(f"{path}: not the index that the manifest was written with; {AGAIN}")
     if samples_per_shard(index, manifest) != [shard.samples for shard in manifest.shards] + [0]:
         raise InputError(f"{path}: samples per shard differ from the manifest's; {AGAIN}")
+    empty = (index["width"] == 0) | (index["height"] == 0)
+    if empty.any():
+        raise InputError(f"{path}: image {index[int(empty.argmax())]['image_id']} has no pixels; {AGAIN}")
     bytes_N = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)[index["shard"]]
     for member in ("image", "json"):
         length_N = index[f"{member}_length"].astype(np.uint64)

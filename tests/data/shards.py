@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import tarfile
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.sample import INDEX, MANIFEST, Category, Manifest, Sample, read_manifest
-from data_tools.shards import sample_bytes, shard_bounds, write_manifest, write_shard
+from data_tools.sample import INDEX, MANIFEST, Category, Manifest, Sample, Shard, read_manifest
+from data_tools.shards import WrittenShard, sample_bytes, shard_bounds, write_manifest, write_shard
 
 CLASSES = [Category("fish", 3), Category("starfish", 7), Category("stingray", 90)]
 
@@ -57,9 +58,28 @@ def shard_of(folder: Path, i: int) -> str:
     return read_manifest(folder).shards[np.load(folder / INDEX)[i]["shard"]].name
 
 
-def commit(folder: Path, index: np.ndarray, manifest: Manifest) -> None:
-    """Write index and manifest so that they vouch for each other."""
+def write_raw_shard(folder: Path, samples: list[tuple[bytes, bytes, Sample]]) -> Path:
+    """A set of one shard that vouches for any bytes: image, JSON, and the sample that the index says they are."""
+    path, records = folder / "shard-000000.tar", []
+    with tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:
+        for image, text, sample in samples:
+            at = []
+            for data, suffix in ((image, "jpg"), (text, "json")):
+                member = tarfile.TarInfo(f"{sample.image_id:012d}.{suffix}")
+                member.size = len(data)
+                at += [tar.offset + 512, len(data), zlib.crc32(data)]
+                tar.addfile(member, io.BytesIO(data))
+            records.append((sample.image_id, sample.width, sample.height, len(sample.labels), *at))
+    shard = Shard(path.name, len(records), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    write_manifest(folder, [WrittenShard(shard, records)], CLASSES, {})
+    return folder
+
+
+def commit(folder: Path, index: np.ndarray, manifest: Manifest, index_bytes: bytes | None = None) -> None:
+    """Write index (or these bytes as one) and manifest so that they vouch for each other."""
     np.save(folder / INDEX, index)
+    if index_bytes is not None:
+        (folder / INDEX).write_bytes(index_bytes)
     manifest = replace(manifest, index_sha256=hashlib.sha256((folder / INDEX).read_bytes()).hexdigest())
     manifest = replace(manifest, fingerprint=manifest.computed_fingerprint())
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest)))

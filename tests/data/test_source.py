@@ -101,6 +101,26 @@ def test_records_outside_their_shard_are_refused(copy):
             IndexedSource(copy)
 
 
+def test_what_the_fuzz_found(copy):
+    """tests/data/test_hostile.py, 2026-11-26: each ended in another error than ours."""
+    index, manifest = np.load(copy / INDEX), read_manifest(copy)
+    flat = index.copy()
+    flat["height"][4] = 0
+    commit(copy, flat, manifest)
+    with pytest.raises(InputError, match=r"index.npy: image 1004 has no pixels"):
+        IndexedSource(copy)
+    header = (copy / INDEX).read_bytes()
+    for changed in (header.replace(b"'shard', ", b"'shar\x00\x00, "), header.replace(b"'<i8')", b"'<i8'(")):
+        commit(copy, index, manifest, changed)
+        with pytest.raises(InputError, match=r"index.npy: not an index"):
+            IndexedSource(copy)
+    for wrong in (dict(boxes=[1, 2]), dict(images=None)):
+        raw = replace(manifest, **wrong)
+        (copy / MANIFEST).write_text(json.dumps(asdict(replace(raw, fingerprint=raw.computed_fingerprint()))))
+        with pytest.raises(InputError, match=r"manifest.json: \w+ .* is no count"):
+            IndexedSource(copy)
+
+
 @pytest.mark.parametrize("shard", [1, 4_000_000_000])
 def test_records_of_other_shards_are_refused(copy, shard):
     index = np.load(copy / INDEX)
