@@ -1,6 +1,6 @@
 """What every annotation format becomes: samples, and what is wrong with them.
 
-A reader (coco.py, voc.py, yolo.py) makes a DataSet, adds samples and places boxes in them. What can be repaired is
+A reader (coco.py, voc.py, yolo.py) makes a DataSet, places boxes in samples and adds those. What can be repaired is
 repaired and counted, the rest is a fault: one line that says where, what was found, what to do. Faults are
 collected, so that one run tells all of them.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.sample import Category, Sample
+from data_tools.spill import Samples
 
 CLIPPED, DROPPED = "box clipped to the image", "box dropped"
 # By so much a box may stick out without being counted as clipped: the rounding of tools that write two decimals.
@@ -56,7 +57,7 @@ class DataSet:
     path: Path
     drop_bad_boxes: bool = False
     classes: list[Category] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    samples: Samples = field(default_factory=Samples)
     repairs: Counter[str] = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)

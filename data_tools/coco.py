@@ -3,11 +3,16 @@
 import itertools
 import json
 import os
+from array import array
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_tools.annotations import LARGEST, Box, DataSet, Fault, check_has_pixels, new_sample, short
+from data_tools.big_json import NotAnObject, members
 from data_tools.sample import Category, Sample
+from data_tools.spill import Spill
 from framework.errors import InputError
 
 MADE_ID = "annotation id made"
@@ -21,49 +26,63 @@ Record = dict[str, Any]
 
 
 def read_coco(path: Path, drop_bad_boxes: bool = False) -> DataSet:
-    """Read an annotation file. A box without area inside its image is a fault, or dropped if so wished.
+    """Read an annotation file, twice: annotations may come before what they refer to. A box without area inside its
+    image is a fault, or dropped if so wished.
 
     Raises:
         InputError: it is not COCO's instances format at all, or it is empty.
     """
-    raw, data = _load(path), DataSet(path, drop_bad_boxes)
-    images, categories = _by_id(data, "images", raw), _by_id(data, "categories", raw)
-    data.classes.extend(Category(categories[n]["name"], n) for n in sorted(categories))
-    data.samples.extend(_sample(images[n]) for n in sorted(images))
-    _place_boxes(data, raw["annotations"])
+    data = DataSet(path, drop_bad_boxes)
+    images, largest_id = _read_images_and_categories(data)
+    _place_boxes(data, images, largest_id)
     data.refuse_empty()
     return data
 
 
-def _load(path: Path) -> dict[str, list[Any]]:
+def _read_images_and_categories(data: DataSet) -> tuple[dict[int, Sample], int]:
+    """The usable images by their id, without boxes; the classes go into the data set. And the largest id of an
+    annotation."""
     expected = "expected COCO's instances format: an object with the lists " + ", ".join(FIELDS)
+    images: dict[int, Sample] = {}
+    categories: dict[int, str] = {}
+    kinds: dict[str, str] = {}  # of all members
+    largest_id = 0
     try:
-        raw = json.loads(path.read_bytes())
+        for name, place, record in members(data.path):
+            if name in FIELDS and name in kinds and place in (None, 0):
+                raise InputError(f"{data.path}: has the list '{name}' twice; {expected}")
+            kinds[name] = "no list" if type(record) is not list and place is None else "list"
+            if name == "annotations" and isinstance(record, dict) and type(record.get("id")) is int:
+                largest_id = max(largest_id, record["id"])
+            if name in ("images", "categories") and place is not None:
+                with data.collecting(f"{data.path}: {name}[{place}]"):
+                    _add_head(name, record, images, categories)
+            if name in FIELDS and place is None and record == []:
+                raise InputError(f"{data.path}: an empty set, its list '{name}' has no entry; expected at least one")
+    except InputError:
+        raise
+    except NotAnObject as error:
+        raise InputError(f"{data.path}: a JSON {error}; {expected}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); {expected}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: a JSON {type(raw).__name__}; {expected}")
+        raise InputError(f"{data.path}: not JSON ({error}); {expected}") from error
     for name in FIELDS:
-        if not isinstance(raw.get(name), list):
-            raise InputError(f"{path}: no list '{name}' (found: {short(', '.join(raw))}); {expected}")
-    for name in FIELDS:
-        if not raw[name]:
-            raise InputError(f"{path}: an empty set, its list '{name}' has no entry; expected at least one")
-    return raw
+        if kinds.get(name) != "list":
+            raise InputError(f"{data.path}: no list '{name}' (found: {short(', '.join(kinds))}); {expected}")
+    data.classes.extend(Category(categories[n], n) for n in sorted(categories))
+    return images, largest_id
 
 
-def _by_id(data: DataSet, name: str, raw: dict[str, list[Any]]) -> dict[int, Record]:
-    """The usable records of a list by their id."""
-    found: dict[int, Record] = {}
-    for place, record in enumerate(raw[name]):
-        with data.collecting(f"{data.path}: {name}[{place}]"):
-            _check_fields(record, FIELDS[name])
-            if name == "images":
-                _check_image(record)
-            if record["id"] in found:
-                raise Fault(f"has id {record['id']} like one before it")
-            found[record["id"]] = record
-    return found
+def _add_head(name: str, record: Any, images: dict[int, Sample], categories: dict[int, str]) -> None:
+    """An entry of 'images' or 'categories'. Raises Fault."""
+    _check_fields(record, FIELDS[name])
+    if name == "images":
+        _check_image(record)
+    if record["id"] in (images if name == "images" else categories):
+        raise Fault(f"has id {record['id']} like one before it")
+    if name == "images":
+        images[record["id"]] = new_sample(record["id"], record["file_name"], record["width"], record["height"])
+    else:
+        categories[record["id"]] = record["name"]
 
 
 def _check_fields(record: Any, fields: dict[str, type]) -> None:
@@ -92,32 +111,48 @@ def _is_file_name(name: str) -> bool:
         return False
 
 
-def _sample(image: Record) -> Sample:
-    return new_sample(image["id"], image["file_name"], image["width"], image["height"])
-
-
-def _place_boxes(data: DataSet, records: list[Any]) -> None:
-    """The usable boxes into the samples, in the order of the file."""
-    sample_of = {sample.image_id: sample for sample in data.samples}
+def _place_boxes(data: DataSet, images: dict[int, Sample], largest_id: int) -> None:
+    """The usable boxes into the samples, in the order of the file, and these into the data set, by their id."""
     label_of = {category.category_id: label for label, category in enumerate(data.classes)}
-    given_ids = [one["id"] for one in records if isinstance(one, dict) and type(one.get("id")) is int]
-    new_ids = itertools.count(max(given_ids, default=0) + 1)
+    new_ids = itertools.count(largest_id + 1)
     taken_ids: set[int] = set()
-    for place, record in enumerate(records):
+    placed, image_of = Spill(), array("q")  # boxes in the order of the file
+    for name, place, record in members(data.path):
+        if name != "annotations":
+            continue
         with data.collecting(f"{data.path}: annotations[{place}]"):
-            _check_annotation(record, sample_of, label_of)
+            _check_annotation(record, images, label_of)
             annotation_id = next(new_ids) if record.get("id") is None else record["id"]
             if annotation_id in taken_ids:
                 raise Fault(f"has id {annotation_id} like one before it")
             taken_ids.add(annotation_id)
-            data.place(sample_of[record["image_id"]], _box(record, label_of[record["category_id"]], annotation_id))
+            image = images[record["image_id"]]
+            alone = new_sample(image.image_id, image.file_name, image.width, image.height)
+            data.place(alone, _box(record, label_of[record["category_id"]], annotation_id))
+            placed.append(json.dumps(_columns(alone)).encode())
+            image_of.append(image.image_id)
             if record.get("id") is None:
                 data.repairs[MADE_ID] += 1
+    image_N, ids = np.array(image_of, dtype=np.int64), np.array(sorted(images), dtype=np.int64)
+    by_image = np.argsort(image_N, kind="stable")
+    starts, stops = (np.searchsorted(image_N[by_image], ids, side) for side in ("left", "right"))
+    for image_id, start, stop in zip(ids.tolist(), starts.tolist(), stops.tolist(), strict=True):
+        sample = images.pop(image_id)
+        for n in by_image[start:stop].tolist():
+            for column, values in zip(_columns(sample), json.loads(placed[n]), strict=True):
+                column.extend(values)
+        data.samples.append(sample)
 
 
-def _check_annotation(record: Any, sample_of: dict[int, Sample], label_of: dict[int, int]) -> None:
+def _columns(sample: Sample) -> list[list[Any]]:
+    """All that it has of each box."""
+    return [sample.boxes_xyxy_px, sample.labels, sample.category_ids, sample.areas, sample.iscrowd,
+            sample.annotation_ids, sample.segmentation]  # fmt: skip
+
+
+def _check_annotation(record: Any, images: dict[int, Sample], label_of: dict[int, int]) -> None:
     _check_fields(record, FIELDS["annotations"])
-    if record["image_id"] not in sample_of:
+    if record["image_id"] not in images:
         raise Fault(f"has image_id {record['image_id']}, which no usable entry of 'images' has")
     if record["category_id"] not in label_of:
         raise Fault(f"has category_id {record['category_id']}, which no usable entry of 'categories' has")

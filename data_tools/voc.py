@@ -72,11 +72,12 @@ def read_voc(
     label_of = {category.name: label for label, category in enumerate(data.classes)}
     annotation_ids = itertools.count(1)
     for image_id, one in enumerate(annotations, 1):
-        data.samples.append(new_sample(image_id, one.image, one.width, one.height))
+        sample = new_sample(image_id, one.image, one.width, one.height)
         for thing in one.objects:
             with data.collecting(thing.where):
-                data.place(data.samples[-1], _box(thing, label_of, next(annotation_ids)))
+                data.place(sample, _box(thing, label_of, next(annotation_ids)))
                 _count_oddities(data, thing)
+        data.samples.append(sample)
     data.refuse_empty()
     return data
 

@@ -125,10 +125,10 @@ def _add(data: DataSet, image_id: int, photo: Path, things: list[_Object]) -> No
     except InputError as error:
         data.faults.append(str(error))
         return
-    data.samples.append(sample)
     for thing in things:
         with data.collecting(thing.where):
             data.place(sample, _box(sample, thing))
+    data.samples.append(sample)
 
 
 def _box(sample: Sample, thing: _Object) -> Box:

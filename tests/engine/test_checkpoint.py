@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from data_tools.sample import read_manifest
+from framework.data.loader import DataConfig, EvalLoader, TrainLoader
 from framework.engine import checkpoint
 from framework.engine.ds_config import EngineConfig, deepspeed_config, start_engine
 from framework.engine.optimizer import OptimConfig, build_optimizer, learning_rates, set_learning_rates
 from framework.engine.ranks import Ranks
 from framework.errors import InputError, UsageError
+from framework.train import refuse_different_data
+from tests.data.shards import make_sample, write_shards
 from tests.distributed import run_ranks
 
 GLOBAL_BATCH = 8
@@ -207,12 +211,21 @@ def test_what_was_just_saved_is_kept_beside_a_broken_newer_one(run_dir):
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
 
 
-def newest_of_different_folders(ranks: Ranks, run_dir: Path, empty: Path) -> str:
-    with pytest.raises(UsageError) as error:
+def seen_by_different_ranks(ranks: Ranks, run_dir: Path, empty: Path, sets: list[Path]) -> tuple[str, str]:
+    with pytest.raises(UsageError) as of_run:
         checkpoint.newest_on_all(run_dir if ranks.is_main else empty, ranks)
-    return str(error.value)
+    config = DataConfig(train=str(sets[ranks.rank]), val=str(sets[0]), workers=0)
+    train_set = TrainLoader(config, seed=0, global_batch=2, micro_batch=1, rank=ranks.rank, world=2)
+    val_set = EvalLoader(sets[0], config, batch_size=1, rank=ranks.rank, world=2)
+    refuse_different_data({"data.val": val_set}, ranks)
+    with pytest.raises(UsageError) as of_data:
+        refuse_different_data({"data.train": train_set, "data.val": val_set}, ranks)
+    return str(of_run.value), str(of_data.value)
 
 
-def test_ranks_that_see_different_folders_are_refused(saved, tmp_path):
-    for message in run_ranks(2, newest_of_different_folders, saved, tmp_path):
-        assert "does not hold the same checkpoints" in message and "step-00000003, None" in message
+def test_ranks_that_see_different_folders_or_data_are_refused(saved, tmp_path):
+    sets = [write_shards(tmp_path / f"set{n}", [make_sample(n), make_sample(9)]) for n in range(2)]
+    for of_run, of_data in run_ranks(2, seen_by_different_ranks, saved, tmp_path, sets):
+        assert "does not hold the same checkpoints" in of_run and "step-00000003, None" in of_run
+        assert "data.train: not the same set on all ranks" in of_data
+        assert all(read_manifest(folder).fingerprint in of_data for folder in sets)
