@@ -194,23 +194,14 @@ def workers(shards: Path) -> dict[str, Any]:
 
 
 class Sender(torch.utils.data.IterableDataset[Any]):
-    """A worker that sends the same images again and again: through slots, or as torch sends a padded tensor."""
+    """A worker that sends the same images again and again: through slots, or as torch sends tensors."""
 
     def __init__(self, examples: list[Example], slots: Slots | None) -> None:
         self.examples, self.slots = examples, slots
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            yield sent(self.examples, self.slots) if self.slots else padded(self.examples)
-
-
-def padded(examples: list[Example]) -> torch.Tensor:
-    height, width = (max(side) for side in zip(*[e.image_HW3.shape[:2] for e in examples], strict=True))
-    images_BHW3 = torch.zeros(len(examples), height, width, 3, dtype=torch.uint8)
-    for image, example in zip(images_BHW3, examples, strict=True):
-        h, w = example.image_HW3.shape[:2]
-        image[:h, :w] = torch.from_numpy(example.image_HW3)
-    return images_BHW3
+            yield sent(self.examples, self.slots) if self.slots else collate(self.examples).pixels_P
 
 
 def transport(shards: Path) -> dict[str, Any]:
@@ -226,7 +217,7 @@ def transport(shards: Path) -> dict[str, Any]:
                 if count == 20:  # the worker has started, and each slot has been used
                     started = time.perf_counter()
                 message = next(loader)
-                pixels = message.received().pixels_P if isinstance(message, Sent) else message.flatten()
+                pixels = message.received().pixels_P if isinstance(message, Sent) else message
                 pixels[:: resource.getpagesize()].sum()
                 del message, pixels
             times.append((time.perf_counter() - started) / 40)

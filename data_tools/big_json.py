@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 CHUNK_BYTES = 2**22
-MOST_DIGITS = 100
+MOST_DIGITS, LONGEST_WORD = 100, 16
 _SPACE = " \t\n\r"
 _decoder = json.JSONDecoder()
 
@@ -74,8 +74,13 @@ class _Text:
 
     def more(self) -> bool:
         """Read on, at least as much as there is: what is tried again and again takes no longer than once."""
+        start = self.file.tell()
         data = self.file.read(max(CHUNK_BYTES, len(self.buffer) - self.at))
-        new = self.decoder.decode(data, final=not data)
+        try:
+            new = self.decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            left = len(error.object) - len(data)  # bytes of a character that the read before cut
+            raise ValueError(f"{error.reason} (byte {start - left + error.start}, {error.encoding})") from error
         self.passed += self.at
         self.lines += self.buffer.count("\n", 0, self.at)
         self.buffer, self.at = self.buffer[self.at :] + new, 0
@@ -104,7 +109,8 @@ class _Text:
             try:
                 value, end = _decoder.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
-                if self.more():  # what is missing may come
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - LONGEST_WORD
+                if cut and self.more():  # what is missing may come
                     continue
                 self.at = error.pos
                 raise self.error(error.msg) from error

@@ -46,6 +46,7 @@ def _read_images_and_categories(data: DataSet) -> tuple[dict[int, Sample], int]:
     images: dict[int, Sample] = {}
     categories: dict[int, str] = {}
     kinds: dict[str, str] = {}  # of all members
+    empty: list[str] = []
     largest_id = 0
     try:
         for name, place, record in members(data.path):
@@ -58,7 +59,7 @@ def _read_images_and_categories(data: DataSet) -> tuple[dict[int, Sample], int]:
                 with data.collecting(f"{data.path}: {name}[{place}]"):
                     _add_head(name, record, images, categories)
             if name in FIELDS and place is None and record == []:
-                raise InputError(f"{data.path}: an empty set, its list '{name}' has no entry; expected at least one")
+                empty.append(name)
     except InputError:
         raise
     except NotAnObject as error:
@@ -68,6 +69,8 @@ def _read_images_and_categories(data: DataSet) -> tuple[dict[int, Sample], int]:
     for name in FIELDS:
         if kinds.get(name) != "list":
             raise InputError(f"{data.path}: no list '{name}' (found: {short(', '.join(kinds))}); {expected}")
+    for name in empty:
+        raise InputError(f"{data.path}: an empty set, its list '{name}' has no entry; expected at least one")
     data.classes.extend(Category(categories[n], n) for n in sorted(categories))
     return images, largest_id
 
@@ -129,7 +132,10 @@ def _place_boxes(data: DataSet, images: dict[int, Sample], largest_id: int) -> N
             image = images[record["image_id"]]
             alone = new_sample(image.image_id, image.file_name, image.width, image.height)
             data.place(alone, _box(record, label_of[record["category_id"]], annotation_id))
-            placed.append(json.dumps(_columns(alone)).encode())
+            try:
+                placed.append(json.dumps([[[_columns(alone)]]]).encode())  # as deep as it will be in a sample, and more
+            except RecursionError:
+                raise Fault("has a segmentation that is nested too deeply") from None
             image_of.append(image.image_id)
             if record.get("id") is None:
                 data.repairs[MADE_ID] += 1
@@ -139,7 +145,7 @@ def _place_boxes(data: DataSet, images: dict[int, Sample], largest_id: int) -> N
     for image_id, start, stop in zip(ids.tolist(), starts.tolist(), stops.tolist(), strict=True):
         sample = images.pop(image_id)
         for n in by_image[start:stop].tolist():
-            for column, values in zip(_columns(sample), json.loads(placed[n]), strict=True):
+            for column, values in zip(_columns(sample), json.loads(placed[n])[0][0][0], strict=True):
                 column.extend(values)
         data.samples.append(sample)
 

@@ -10,6 +10,7 @@ The same input gives the same bytes, whatever the number of workers and however 
 import argparse
 import os
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
@@ -73,13 +74,14 @@ def main(argv: list[str] | None = None) -> int:
         jobs = {name: jobs_of(folder / name, data.samples, args.images, shard_bytes=args.shard_mib * MIB,
                               verify=args.verify == "decode", reencode=args.reencode, write=not faults)
                 for name, data in sets.items()}  # fmt: skip
+        reports: dict[str, dict[str, Any]] = {}
         packed = iter(pack_all([job for one in jobs.values() for job in one], args.workers, bar.update))
         for name, data in sets.items():
             results = list(islice(packed, len(jobs[name])))
             faults += [fault for one in results for fault in one.faults]
             data.repairs.update(sum((one.repairs for one in results), Counter()))
             if not faults:
-                finish_set(folder / name, data, [one.written for one in results if one.written])
+                reports[name] = finish_set(folder / name, data, [one.written for one in results if one.written])
         refuse(faults)
         manifests = {name: read_manifest(folder / name) for name in sets}
         if is_free(out):
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             refuse_other_content(out, manifests)
             done = "already there with the same content, nothing written"
     for name, manifest in manifests.items():
-        print("\n".join(summary(manifest, report(sets[name]), Path(args.out) / name)))
+        print("\n".join(summary(manifest, reports[name], Path(args.out) / name)))
     print(f"{args.out}: {done}")
     return 0
 
@@ -215,25 +217,35 @@ def refuse(faults: list[str]) -> None:
         raise InputError("\n  ".join([f"{len(faults)} faults, nothing was written:", *shown, *more]))
 
 
-def finish_set(folder: Path, data: DataSet, written: list[WrittenShard]) -> None:
-    """Make a set of its shards; what else lies there, but notes of shards, is removed: remains of earlier attempts."""
+def finish_set(folder: Path, data: DataSet, written: list[WrittenShard]) -> dict[str, Any]:
+    """Make a set of its shards; what else lies there, but notes of shards, is removed: remains of earlier attempts.
+    Returns the report."""
     manifest = write_manifest(folder, written, data.classes, data.repairs)
-    write_json(folder / "report.json", report(data))
+    told = report(data)
+    write_json(folder / "report.json", told)
     expected = {MANIFEST, INDEX, "report.json", *(shard.name for shard in manifest.shards)}
     remove(*(path for path in folder.iterdir() if path.name not in expected and not path.name.endswith(NOTE)))
+    return told
 
 
 def report(data: DataSet) -> dict[str, Any]:
     """What was converted and what was done to it; kept beside the manifest."""
-    labels = Counter(label for sample in data.samples for label in sample.labels)
-    sizes = np.sqrt([area for sample in data.samples for area in sample.areas])
+    labels: Counter[int] = Counter()
+    areas = array("d")
+    without_boxes = crowds = 0
+    for sample in data.samples:  # once: each is read from a file
+        labels.update(sample.labels)
+        areas.extend(sample.areas)
+        without_boxes += not sample.labels
+        crowds += sum(sample.iscrowd)
+    sizes = np.sqrt(areas)
     bins = np.searchsorted(list(SIZE_LIMITS_PX.values()), sizes, side="right")
     return {
         "annotations": data.path.absolute().name,
         "images": len(data.samples),
-        "images_without_boxes": sum(not sample.labels for sample in data.samples),
+        "images_without_boxes": without_boxes,
         "boxes": len(sizes),
-        "crowds": sum(sum(sample.iscrowd) for sample in data.samples),
+        "crowds": crowds,
         "boxes_by_class": {one.name: labels[label] for label, one in enumerate(data.classes)},
         "boxes_by_size": {name: int((bins == n).sum()) for n, name in enumerate(SIZE_LIMITS_PX)},
         "repairs": dict(sorted(data.repairs.items())),

@@ -24,6 +24,7 @@ import PIL
 from data_tools.images import read_image
 from data_tools.sample import FORMAT, Sample, Shard
 from data_tools.shards import WrittenShard, sample_bytes, shard_bounds, shard_name, write_shard
+from data_tools.spill import Samples
 from framework.errors import InputError
 from framework.files import sha256_of, sync
 from framework.processes import die_with_parent
@@ -38,7 +39,7 @@ class Job:
 
     folder: Path
     number: int
-    samples: Sequence[Sample]
+    samples: Samples
     images: Path
     verify: bool
     reencode: bool
@@ -60,7 +61,7 @@ class Packed:
 
 def jobs_of(
     folder: Path,
-    samples: Sequence[Sample],
+    samples: Samples,
     images: Path,
     *,
     shard_bytes: int,
@@ -70,7 +71,8 @@ def jobs_of(
 ) -> list[Job]:
     """The shards of a set, cut by the sizes of the image files as they are: re-encoded images, which may be larger or
     smaller, do not move a bound."""
-    sizes = (sample_bytes(_file_bytes(images / sample.file_name), len(sample.to_json())) for sample in samples)
+    sizes = (sample_bytes(_file_bytes(images / sample.file_name), json_bytes)
+             for sample, json_bytes in zip(samples, samples.json_bytes(), strict=True))  # fmt: skip
     bounds = shard_bounds(sizes, shard_bytes)
     return [
         Job(folder, number, samples[bound.start : bound.stop], images, verify, reencode, write)
@@ -89,7 +91,7 @@ def pack_all(jobs: Sequence[Job], workers: int, done: Callable[[int], Any]) -> l
     counter = multiprocessing.get_context("fork").Value("Q", 0)
     told = 0
     gc.collect()
-    gc.freeze()  # a collection in a worker would copy the pages of all annotations
+    gc.freeze()  # a collection in a worker would copy the pages of all jobs
     start = (jobs, counter, os.getpid())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, start)
     try:
@@ -118,7 +120,7 @@ def pack(job: Job, done: Callable[[], Any]) -> Packed:
     source = _source(job)
     kept = _finished_before(job, source)
     if kept is not None:
-        for _ in job.samples:
+        for _ in range(len(job.samples)):
             done()
         return kept
     repairs: Counter[str] = Counter()
@@ -189,7 +191,7 @@ def _finished_before(job: Job, source: str) -> Packed | None:
         return None  # none, or the remains of one
 
 
-# Worker processes. They are forked: the jobs, which hold all annotations, are there without being sent.
+# Worker processes. They are forked: the jobs, and the file with all annotations, are there without being sent.
 
 _jobs: Sequence[Job] = ()
 _count: Any = None

@@ -1,4 +1,5 @@
-"""What a large data set's annotations would fill the memory with: in a temporary file (TMPDIR says where)."""
+"""What a large data set's annotations would fill the memory with: in a temporary file (TMPDIR says where; one that is
+itself memory, a tmpfs, gains little)."""
 
 import os
 import tempfile
@@ -30,8 +31,12 @@ class Spill:
 
     def flush(self) -> None:
         left = memoryview(b"".join(self._waiting))
-        while left:
-            left = left[self._file.write(left) :]
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:  # it does not name its file, which has no name
+            where = f"{tempfile.gettempdir()} (TMPDIR names another folder for what does not fit in memory)"
+            raise OSError(error.errno, error.strerror, where) from error
         self._waiting, self._waiting_bytes = [], 0
 
     def __len__(self) -> int:
@@ -56,6 +61,10 @@ class Samples(Sequence[Sample]):
     def append(self, sample: Sample) -> None:
         self._spill.append(sample.to_json())
 
+    def json_bytes(self) -> Iterator[int]:
+        """Of each."""
+        return (self._spill.size(i) for i in self._range())
+
     def _range(self) -> range:
         return range(len(self._spill)) if self._places is None else self._places
 
@@ -71,5 +80,6 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, i: slice) -> "Samples": ...
     def __getitem__(self, i: int | slice) -> "Sample | Samples":
         if isinstance(i, slice):
+            self._spill.flush()  # whoever forks has parts
             return Samples(self._spill, self._range()[i])
         return Sample.from_json(self._spill[self._range()[i]])

@@ -51,6 +51,7 @@ def of_model(args: argparse.Namespace) -> tuple[dict[str, float], int | None, di
     logger = setup_logging(None, ranks.is_main)
     logger.info("weights of %s on %s, %d process(es)", trained.weights, ranks.device, ranks.world)
     loader = EvalLoader(data, config.data, batch_size=config.eval.batch, rank=ranks.rank, world=ranks.world)
+    ranks.refuse_different({"--data" if args.data else "data.val": loader.manifest.fingerprint})
     model = trained.model.to(ranks.device)
     with (
         progress(-(-loader.manifest.images // ranks.world), description="evaluate") as bar,

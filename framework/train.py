@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(None, ranks.is_main)
 
     train_set, val_set = open_data(config, ranks)
-    refuse_different_data({"data.train": train_set, "data.val": val_set}, ranks)
+    ranks.refuse_different({"data.train": train_set.manifest.fingerprint,
+                            "data.val": val_set.manifest.fingerprint if val_set else None})  # fmt: skip
     config = with_num_classes(config, train_set)
     refuse_too_many_boxes(config, train_set)
     at = DataState(train_set.manifest.fingerprint, config.train.seed, 0, 0, config.train.global_batch)
@@ -175,16 +176,6 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TrainLoader, EvalLoader | N
         raise UsageError(f"data.train, data.val: {config.data.train} and {config.data.val} do not have the same "
                          "classes; convert both with the same annotation categories")  # fmt: skip
     return train_set, val_set
-
-
-def refuse_different_data(loaders: dict[str, TrainLoader | EvalLoader | None], ranks: Ranks) -> None:
-    """Raises UsageError on every rank when one has other data: a stale copy on the disk of a node. Collective."""
-    mine = [loader.manifest.fingerprint if loader else None for loader in loaders.values()]
-    for key, found in zip(loaders, zip(*ranks.all_gather_objects(mine), strict=True), strict=True):
-        other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
-        if other is not None:
-            raise UsageError(f"{key}: not the same set on all ranks: rank 0 found fingerprint {found[0]}, rank {other} "
-                             f"{found[other]}; copy the set to every node again")  # fmt: skip
 
 
 def with_num_classes(config: Config, train_set: TrainLoader) -> Config:

@@ -73,7 +73,8 @@ class DataConfig:
     labels: the number that a class has in the model.
     order, tail: of an epoch, see framework/data/order.py.
     group_by_shape: put images that are alike in shape and size after augmentation into one micro-batch, among the 32
-        neighbours in the epoch's order: less padding to compute.
+        neighbours in the epoch's order: less padding to compute. Micro-batches of more than 16 are as they come. With
+        one micro-batch a step and rank, ranks wait for the one with the largest images, if not as long as without.
     workers: processes of each rank that read and decode; 0: the training process does it.
     max_bad: so many unusable samples are masked and logged; one more fails the run.
     sizes, max_size: short sides to choose from, bound on the long side.

@@ -107,8 +107,8 @@ def _by_shape(
 ) -> Sequence[np.ndarray]:
     """The same samples in as many micro-batches, each of shapes that are alike, so that little of it is padding.
 
-    The smallest comes first, then the largest, the second smallest, the second largest, ...: neighbours, whatever
-    their number, are about as much work as any other, so that no rank waits long for another.
+    The smallest comes first, then the largest, the second smallest, the second largest, ...: each two neighbours are
+    about as much work as any other two, so that ranks with several micro-batches a step wait little for each other.
     """
     sizes_hw = {i: size_hw_of(i) for i in np.concatenate(micro_batches).tolist()}
 

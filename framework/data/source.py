@@ -99,9 +99,10 @@ class IndexedSource:
         return f"image {record['image_id']} in {self.location}/{shard} at offset {offset}"
 
     def _record(self, i: int) -> dict[str, int]:
-        if self._last[0] != i:  # a sample's record is asked for several times
-            self._last = i, dict(zip(INDEX_DTYPE.names or (), self._records[i].item(), strict=True))
-        return self._last[1]
+        last = self._last
+        if last[0] != i:  # a sample's record is asked for several times
+            last = self._last = i, dict(zip(INDEX_DTYPE.names or (), self._records[i].item(), strict=True))
+        return last[1]
 
     def _member(self, i: int, member: str) -> bytes:
         record = self._record(i)

@@ -1,12 +1,14 @@
 """How a batch goes from a worker process to the training process: its pixels through memory that both have mapped.
 
-Each worker has a few slots, mapped before it is forked and used again and again: torch's own way maps new shared
-memory for every batch, and its first touch costs more than decoding does (benchmarks/loader.py, part transport). The
-memory is anonymous: a container's small /dev/shm does not bound it, and a page takes room only once it was written.
+Each worker has a few slots, mapped before it is forked (so workers are always forked) and used again and again; torch's
+own way maps new shared memory for every batch, and the system has to find pages for it (benchmarks/loader.py, part
+transport). The memory is anonymous: a container's small /dev/shm does not bound it, and a page takes room only once it
+was written.
 """
 
 import itertools
 import mmap
+import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +27,7 @@ class Slots:
     """`count` pieces of shared memory of `size` bytes. A worker takes them; the training process frees them again."""
 
     def __init__(self, count: int, size: int) -> None:
-        self.size, self.number = size, next(_numbers)
+        self.size, self.number, self._pid = size, next(_numbers), os.getpid()
         self._memory = mmap.mmap(-1, max(1, count * size))
         self._taken = RawArray("b", count)  # set by the worker alone, cleared by the training process alone
         _mapped[self.number] = self
@@ -39,7 +41,8 @@ class Slots:
         return free[0]
 
     def free(self, slot: int) -> None:
-        self._taken[slot] = 0
+        if os.getpid() == self._pid:  # a fork, too, has the pixels, and drops them
+            self._taken[slot] = 0
 
     def pixels(self, slot: int, size: int) -> np.ndarray:
         """The first bytes of a slot: uint8 (size,)."""

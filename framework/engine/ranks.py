@@ -41,6 +41,16 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def refuse_different(self, fingerprints: dict[str, str | None]) -> None:
+        """Raises UsageError on every rank when one has other data than rank 0 for a key: a stale copy on the disk of a
+        node. Collective."""
+        everywhere = self.all_gather_objects(fingerprints)
+        for key, expected in everywhere[0].items():
+            for rank, found in enumerate(one[key] for one in everywhere):
+                if found != expected:
+                    raise UsageError(f"{key}: not the same set on all ranks: rank 0 found fingerprint {expected}, rank "
+                                     f"{rank} {found}; copy the set to every node again")  # fmt: skip
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -2,7 +2,6 @@ import gc
 import multiprocessing
 import os
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +54,16 @@ def test_pixels_come_through_the_slots_and_free_them():
     assert values(second) == [{20}, {21}]
 
 
+def test_a_fork_that_drops_its_copy_frees_nothing():
+    """The workers of a later loader are forked while batches of this one are held."""
+    slots = Slots(1, 1000)
+    held = [arrived(slots, 60).received()]
+    process = multiprocessing.get_context("fork").Process(target=held.clear)
+    process.start()
+    process.join()
+    assert arrived(slots, 70).slot is None and values(held[0]) == [{60}, {61}]
+
+
 def test_what_no_slot_can_hold_travels_without_one():
     message = arrived(Slots(2, 100), 50)
     assert message.slot is None and values(message.received()) == [{50}, {51}]
@@ -91,9 +100,9 @@ def test_no_file_is_opened_for_a_batch(shards):
     loader = train_loader(shards, global_batch=2, workers=1)
     steps = loader.epoch(0)
     batches = [next(steps)]
-    before = len(os.listdir("/proc/self/fd")), len(list(Path("/dev/shm").glob("torch_*")))
+    before = len(os.listdir("/proc/self/fd"))
     batches += list(islice(steps, 6))
-    assert (len(os.listdir("/proc/self/fd")), len(list(Path("/dev/shm").glob("torch_*")))) == before
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.gpu

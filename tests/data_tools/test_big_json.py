@@ -3,7 +3,7 @@ import tracemalloc
 
 import pytest
 
-from data_tools import big_json
+from data_tools import big_json, spill
 from data_tools.big_json import NotAnObject, members
 from data_tools.coco import read_coco
 from framework.errors import InputError
@@ -66,7 +66,8 @@ def test_other_kinds_are_told(tmp_path, text, kind):
 
 def test_memory_does_not_grow_with_the_polygons(tmp_path, monkeypatch):
     """Each object here takes 64 KB as a list of numbers; all of them would be 2.6 MB."""
-    monkeypatch.setattr(big_json, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(big_json, "CHUNK_BYTES", 2**14)
+    monkeypatch.setattr(spill, "WRITTEN_BYTES", 2**14)
     many = coco()
     many["images"] = [many["images"][0] | {"id": n} for n in range(40)]
     one = many["annotations"][0]
@@ -79,6 +80,47 @@ def test_memory_does_not_grow_with_the_polygons(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert sum(len(sample.segmentation) for sample in data.samples) == 40
     assert peak < 1.3e6
+
+
+def test_bytes_that_are_no_text_are_told_with_their_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(big_json, "CHUNK_BYTES", 7)
+    path = tmp_path / "some.json"
+    path.write_bytes(b'{"a": ["' + "äöü".encode() * 5 + b'", "\xff"]}')
+    with pytest.raises(ValueError, match=r"invalid start byte \(byte 42, utf-8\)"):
+        whole(path)
+
+
+def test_nothing_is_read_on_after_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(big_json, "CHUNK_BYTES", 100)
+    path = tmp_path / "some.json"
+    path.write_text('{"a": [{"b": 1,, "c": "' + "x" * 50 + '"}' + ", 1" * 10_000 + "]}")
+    text = big_json._Text(path.open("rb"))
+    text.buffer, text.at = path.read_text()[:100], 7
+    with pytest.raises(ValueError, match="Expecting property name"):
+        text.value()
+    assert len(text.buffer) == 100
+
+
+def test_a_full_temporary_disk_is_named(monkeypatch):
+    full = spill.Spill()
+    full._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    full.append(b"x")
+    with pytest.raises(OSError, match=r"No space left on device: '.* \(TMPDIR names"):
+        full.flush()
+
+
+def test_deep_segmentations_are_faults(tmp_path):
+    deep = coco()
+    path = tmp_path / "deep.json"
+    for depth in range(900, 1000, 7):
+        deep["annotations"][0]["segmentation"] = "here"
+        path.write_text(json.dumps(deep).replace('"here"', "[" * depth + "]" * depth))
+        try:
+            data = read_coco(path)
+        except InputError as error:
+            assert "recursion" in str(error)
+        else:
+            assert len(list(data.samples)) == 4 or "nested too deeply" in data.faults[0]
 
 
 def test_members_given_twice_are_refused(tmp_path):

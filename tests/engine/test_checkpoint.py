@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from data_tools.sample import read_manifest
-from framework.data.loader import DataConfig, EvalLoader, TrainLoader
+from framework.data.loader import DataConfig, TrainLoader
 from framework.engine import checkpoint
 from framework.engine.ds_config import EngineConfig, deepspeed_config, start_engine
 from framework.engine.optimizer import OptimConfig, build_optimizer, learning_rates, set_learning_rates
 from framework.engine.ranks import Ranks
 from framework.errors import InputError, UsageError
-from framework.train import refuse_different_data
 from tests.data.shards import make_sample, write_shards
 from tests.distributed import run_ranks
 
@@ -214,12 +213,11 @@ def test_what_was_just_saved_is_kept_beside_a_broken_newer_one(run_dir):
 def seen_by_different_ranks(ranks: Ranks, run_dir: Path, empty: Path, sets: list[Path]) -> tuple[str, str]:
     with pytest.raises(UsageError) as of_run:
         checkpoint.newest_on_all(run_dir if ranks.is_main else empty, ranks)
-    config = DataConfig(train=str(sets[ranks.rank]), val=str(sets[0]), workers=0)
+    config = DataConfig(train=str(sets[ranks.rank]), workers=0)
     train_set = TrainLoader(config, seed=0, global_batch=2, micro_batch=1, rank=ranks.rank, world=2)
-    val_set = EvalLoader(sets[0], config, batch_size=1, rank=ranks.rank, world=2)
-    refuse_different_data({"data.val": val_set}, ranks)
+    ranks.refuse_different({"data.val": "the same", "data.train": None})
     with pytest.raises(UsageError) as of_data:
-        refuse_different_data({"data.train": train_set, "data.val": val_set}, ranks)
+        ranks.refuse_different({"data.val": "the same", "data.train": train_set.manifest.fingerprint})
     return str(of_run.value), str(of_data.value)
 
 
