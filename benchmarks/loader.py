@@ -208,10 +208,10 @@ def transport(shards: Path) -> dict[str, Any]:
     """Batches of ready-made images from one worker to the training process, which reads a byte of each page."""
     source = IndexedSource(shards)
     examples = [augment(*source.read(i), geometry_of, "contiguous") for i in range(MICRO_BATCH)]
-    slots = Slots(5, bytes_of(examples))
     seconds: dict[str, list[float]] = {"through slots": [], "as torch sends tensors": []}
     for _ in range(TURNS):
-        for times, used in zip(seconds.values(), (slots, None), strict=True):
+        # New ones each time: a worker that is ended keeps those it has taken.
+        for times, used in zip(seconds.values(), (Slots(5, bytes_of(examples)), None), strict=True):
             loader = iter(torch.utils.data.DataLoader(Sender(examples, used), batch_size=None, num_workers=1))
             for count in range(60):
                 if count == 20:  # the worker has started, and each slot has been used

@@ -17,7 +17,9 @@ from PIL import Image
 from data_tools import check, convert, pack, shards
 from data_tools.commit import partial_folder
 from data_tools.sample import Category, Sample, read_manifest
+from data_tools.shards import sample_key, write_shard
 from framework.errors import InputError, UsageError
+from tests.data.shards import make_sample
 from tests.data_tools.sets import SIZES_WH, arguments, coco, content, pixels, samples, write_set
 from tests.paths import data_folder
 
@@ -31,6 +33,16 @@ def converted(source, tmp_path, *more):
     assert convert.main(arguments(source, tmp_path / "out", *more)) == 0
     assert check.main([str(tmp_path / "out")]) == 0
     return tmp_path / "out"
+
+
+def test_shards_are_to_the_bit_what_webdataset_would_have_written(tmp_path):
+    samples = [make_sample(n, height=20 + 13 * n, boxes=n) for n in range(7)]
+    written = write_shard(tmp_path, 0, ((sample, image) for image, sample in samples))
+    with webdataset.TarWriter(str(tmp_path / "theirs.tar"), encoder=False, mtime=0, user="tenfold",
+                              group="tenfold") as tar:  # fmt: skip
+        for image, sample in samples:
+            tar.write({"__key__": sample_key(sample.image_id), "jpg": image, "json": sample.to_json()})
+    assert (tmp_path / written.shard.name).read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
 def test_webdataset_reads_what_was_written(source, tmp_path, monkeypatch):
