@@ -8,6 +8,7 @@ On 400 JPEG images of 640x480 (about 120 KB each) that are made for it, through 
 """
 
 import argparse
+import multiprocessing
 import os
 import resource
 import statistics
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from benchmarks.results import write
 from data_tools import convert
 from framework.data import transforms
 from framework.data.batch import IMAGENET_MEAN, IMAGENET_STD, Example, bytes_of, collate
-from framework.data.loader import DataConfig, TrainLoader
+from framework.data.loader import DataConfig, TrainLoader, _load
 from framework.data.order import epoch_order, rank_share, step_micro_batches, steps_per_epoch, uniform_draws
 from framework.data.source import IndexedSource
 from framework.data.transforms import Geometry, augment, decode_rgb, training_geometry, warp_boxes, warp_image
@@ -343,13 +345,17 @@ def ranks(shards: Path) -> dict[str, Any]:
 
 
 def memory(shards: Path) -> dict[str, Any]:
-    """Resident MiB of a process that augments 20,000 samples, after every 5,000."""
+    """Resident MiB of a worker that serves 20,000 samples, after every 5,000."""
     source = IndexedSource(shards)
-    sizes = []
-    for n in range(20_000):
-        augment(*source.read(n % len(source)), geometry_small, "contiguous")
-        if n % 5000 == 4999:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
+    plan = [np.arange(n, n + MICRO_BATCH) % len(source) for n in range(0, 20_000 + MICRO_BATCH, MICRO_BATCH)]
+    config = DataConfig(train=str(shards), workers=1)
+    batches = _load(source, partial(iter, plan), geometry_small, config, MICRO_BATCH, 1)
+    sizes, served = [], 0
+    for batch in batches:
+        served += len(batch.image_ids)
+        if served % 5000 == 0:
+            [worker] = multiprocessing.active_children()
+            pages = int(Path(f"/proc/{worker.pid}/statm").read_text().split()[1])
             sizes.append(round(pages * resource.getpagesize() / 2**20, 1))
     return {"resident MiB after 5, 10, 15, 20 thousand": ", ".join(map(str, sizes)), "growth MiB": sizes[-1] - sizes[0]}
 
