@@ -4,6 +4,7 @@ Each section's dataclass stands above the code it configures; here they meet, wi
 """
 
 import difflib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ class TrainConfig:
     run_dir: null means runs/<name of the config file>. max_steps: stop early after so many optimizer steps.
     checkpoint_every: optimizer steps; 0 means at the end of each epoch only, which always saves.
     resume: go on from what run_dir holds; false refuses a run_dir that holds a checkpoint.
+    hang_minutes: a rank for which no step ends, or no image is evaluated, for so long writes where it stands, and
+        leaves with exit code 86; 0: never.
     """
 
     run_dir: str | None = None
@@ -42,6 +45,7 @@ class TrainConfig:
     resume: bool = True
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    hang_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         for key in ("global_batch", "micro_batch", "epochs", "keep_checkpoints"):
@@ -51,6 +55,8 @@ class TrainConfig:
             raise UsageError(f"train.checkpoint_every: found {self.checkpoint_every}, expected steps, or 0 for epochs")
         if not all(epoch > 0 for epoch in self.lr_drop_epochs):
             raise UsageError(f"train.lr_drop_epochs: found {self.lr_drop_epochs}, expected epochs of at least 1, or []")
+        if not 0 <= self.hang_minutes < math.inf:
+            raise UsageError(f"train.hang_minutes: found {self.hang_minutes}, expected minutes, or 0 for never")
         if self.max_steps is not None and self.max_steps < 1:
             raise UsageError(f"train.max_steps: found {self.max_steps}, expected at least 1, or null")
         if self.global_batch % self.micro_batch:

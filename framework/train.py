@@ -23,6 +23,7 @@ from framework.data.order import DataState
 from framework.data.transforms import decode
 from framework.engine import checkpoint
 from framework.engine.ds_config import autocast, deepspeed_config, start_engine
+from framework.engine.lifecycle import SAVED, Lifecycle
 from framework.engine.optimizer import build_optimizer, learning_rates, set_learning_rates
 from framework.engine.ranks import Ranks, init_ranks
 from framework.engine.step import train_step
@@ -103,23 +104,27 @@ def main(argv: list[str] | None = None) -> int:
         return val_set is not None and (step == end or every(config.eval.every * per_epoch, step))
 
     not_evaluated = ranks.all_gather_objects(not Path(run_dir, evaluation_name(step)).exists())[0]
-    if last is not None and validation_due() and not_evaluated:
-        validate(engine, val_set, config, ranks, sink, step, step / per_epoch)  # the last attempt ended before it
-    with progress(int(end), initial=step, description="training") as bar:
-        while step < end:
+    stopped_by = None
+    lifecycle = Lifecycle(ranks, run_dir, 60 * config.train.hang_minutes)
+    with lifecycle.watching(), progress(int(end), initial=step, description="training") as bar:
+        if last is not None and validation_due() and not_evaluated:  # the last attempt ended before it
+            validate(engine, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
+        while step < end and not stopped_by:
             for micro_batches in meter.waiting(train_set.epoch(at.epoch, step % per_epoch)):
                 rates = learning_rates(
                     config.optim, step, global_batch=config.train.global_batch, steps_per_epoch=per_epoch,
                     drop_epochs=config.train.lr_drop_epochs,
                 )  # fmt: skip
                 set_learning_rates(engine.optimizer, rates)
+                lifecycle.ask()
                 metrics = train_step(engine, criterion, micro_batches, ranks=ranks, seed=config.train.seed, step=step)
                 meter.add(metrics, micro_batches)
                 step += 1
                 at = replace(at, samples_consumed=at.samples_consumed + config.train.global_batch)
                 bar.update()
+                stopped_by = lifecycle.told_to_stop()
                 epoch_ends = step % per_epoch == 0
-                save_due = epoch_ends or step == end or every(config.train.checkpoint_every, step)
+                save_due = epoch_ends or step == end or bool(stopped_by) or every(config.train.checkpoint_every, step)
                 if save_due or every(config.tracking.log_every, step):
                     values = meter.read()
                     refuse_broken(values, step, config)  # before it is saved
@@ -138,11 +143,15 @@ def main(argv: list[str] | None = None) -> int:
                             run_dir, engine, state, ranks=ranks, keep=config.train.keep_checkpoints
                         )  # fmt: skip
                         log.info("saved %s", saved)
-                    if validation_due():
-                        validate(engine, val_set, config, ranks, sink, step, step / per_epoch)
-                if epoch_ends or step == end:
+                        lifecycle.alive()
+                    if validation_due() and not stopped_by:
+                        validate(engine, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
+                if epoch_ends or step == end or stopped_by:
                     break
     sink.close()
+    if stopped_by:
+        log.info("stopped by %s after step %d, which is saved; the same command goes on", stopped_by, step)
+        return SAVED
     log.info("done: step %d in %s", step, run_dir)
     return 0
 
@@ -227,15 +236,16 @@ def refuse_too_many_boxes(config: Config, train_set: TrainLoader) -> None:
 
 
 def validate(
-    engine: Any, val_set: EvalLoader | None, config: Config, ranks: Ranks, sink: Sink, step: int, epoch: float
-) -> None:
+    engine: Any, val_set: EvalLoader | None, config: Config, ranks: Ranks, sink: Sink, step: int, epoch: float,
+    lifecycle: Lifecycle,
+) -> None:  # fmt: skip
     """Evaluate, record the numbers and some pictures. Collective."""
     assert val_set is not None
     engine.eval()
     with autocast(config.engine, ranks.device):  # as framework.evaluate does, so that the numbers are the same
         numbers, detections = evaluate(
             engine.module, val_set, ranks=ranks, config=config.eval, labels=config.data.labels,
-            classification=config.model.classification,
+            classification=config.model.classification, progress=lifecycle,
         )  # fmt: skip
     shown = range(min(config.tracking.attention, val_set.manifest.images))
     looks = [attention_in(engine.module, val_set, i, config) for i in shown]

@@ -122,7 +122,7 @@ class _Share:
 
 
 def _shares(engine: Any) -> Iterator[_Share]:
-    """ZeRO 0 holds whole parameters; ZeRO 1 one flat partition a group, of which a parameter is a fragment.
+    """ZeRO 0 holds whole parameters; ZeRO 1 and 2 one flat partition a group, of which a parameter is a fragment.
 
     Uses DeepSpeed's private `_hp_mapping` and `single_partition_of_fp32_groups`: the version is pinned for that.
     """

@@ -13,8 +13,9 @@ from framework.errors import UsageError
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """zero_stage: 0 (replicated), 1 (moments sharded). precision auto: bf16 where the device is good at it, else fp32.
+    """zero_stage: 0 (replicated), 1 (moments sharded), 2 (gradients too).
 
+    precision auto: bf16 where the device is good at it, else fp32.
     activation_checkpointing: keep only the inputs of transformer layers, compute the rest again in backward.
     offload_optimizer: moments and fp32 weights in host memory (GPUs only).
     """
@@ -25,8 +26,8 @@ class EngineConfig:
     offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1):
-            raise UsageError(f"engine.zero_stage: found {self.zero_stage}, expected 0 or 1")
+        if self.zero_stage not in (0, 1, 2):
+            raise UsageError(f"engine.zero_stage: found {self.zero_stage}, expected 0, 1 or 2")
         if self.precision == "fp16":
             # DeepSpeed 0.19.8 under torch_autocast clips gradients that are still scaled, and never lowers the scale.
             raise UsageError(

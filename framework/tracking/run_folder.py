@@ -20,9 +20,11 @@ from framework.tracking.console import write_json
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 
 # What may differ when a run goes on: how it computes and reports, not what it computes.
-FREE_KEYS = ("train.run_dir", "train.resume", "train.max_steps", "train.checkpoint_every", "train.keep_checkpoints",
-             "data.workers", "data.train", "data.val", "data.cache", "data.max_bad", "engine.zero_stage",
-             "engine.offload_optimizer", "engine.activation_checkpointing", "eval.every", "tracking.")  # fmt: skip
+FREE_KEYS = (
+    "train.run_dir", "train.resume", "train.max_steps", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.hang_minutes", "data.workers", "data.train", "data.val", "data.cache", "data.max_bad", "engine.zero_stage",
+    "engine.offload_optimizer", "engine.activation_checkpointing", "eval.every", "tracking.",
+)  # fmt: skip
 
 
 def refuse_other_run(config: Config, data_state: DataState, last: Path | None) -> None:
