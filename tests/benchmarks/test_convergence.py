@@ -88,6 +88,10 @@ def test_the_docs_quote_the_recorded_runs():
     tables = recorded / "cpu" / "tables.json"
     for row in json.loads(tables.read_text())["sweep"]["runs"] if tables.exists() else []:
         assert f"| {row['model']} | {row['epochs']} | {row['learning rate']:g} | {row['AP']} |" in text
+    for path in recorded.glob("cpu/*-seed[123]/run.json"):
+        run = json.loads(path.read_text())
+        title = experiment.MODELS[run["model"]].title
+        assert f"| {title} | {run['epochs']} | {run['seed']} | {100 * run['AP']:.1f} |" in text
 
 
 def test_names_are_unique():
