@@ -31,8 +31,8 @@ class TrainConfig:
     run_dir: null means runs/<name of the config file>. max_steps: stop early after so many optimizer steps.
     checkpoint_every: optimizer steps; 0 means at the end of each epoch only, which always saves.
     resume: go on from what run_dir holds; false refuses a run_dir that holds a checkpoint.
-    hang_minutes: a rank for which no step ends, or no image is evaluated, for so long writes where it stands, and
-        leaves with exit code 86; 0: never.
+    hang_minutes: a rank for which no step ends, no checkpoint and no batch of an evaluation, for so long writes where
+        it stands, and leaves with exit code 86; 0: never.
     """
 
     run_dir: str | None = None

@@ -23,7 +23,7 @@ from framework.data.order import DataState
 from framework.data.transforms import decode
 from framework.engine import checkpoint
 from framework.engine.ds_config import autocast, deepspeed_config, start_engine
-from framework.engine.lifecycle import SAVED, Lifecycle
+from framework.engine.lifecycle import SAVED, Lifecycle, patience
 from framework.engine.optimizer import build_optimizer, learning_rates, set_learning_rates
 from framework.engine.ranks import Ranks, init_ranks
 from framework.engine.step import train_step
@@ -55,9 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     config = configuration.load(args.config, args.overrides)
     run_dir = str(config.train.run_dir)
-    ranks = init_ranks()
+    hang_s = 60 * config.train.hang_minutes
+    ranks = init_ranks(patience(hang_s))
     setup_logging(None, ranks.is_main)
+    with Lifecycle(ranks, run_dir, hang_s).watching() as lifecycle:
+        return run(config, ranks, lifecycle)
 
+
+def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
+    run_dir = str(config.train.run_dir)
     train_set, val_set = open_data(config, ranks)
     ranks.refuse_different({"data.train": train_set.manifest.fingerprint,
                             "data.val": val_set.manifest.fingerprint if val_set else None})  # fmt: skip
@@ -105,8 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
     not_evaluated = ranks.all_gather_objects(not Path(run_dir, evaluation_name(step)).exists())[0]
     stopped_by = None
-    lifecycle = Lifecycle(ranks, run_dir, 60 * config.train.hang_minutes)
-    with lifecycle.watching(), progress(int(end), initial=step, description="training") as bar:
+    with progress(int(end), initial=step, description="training") as bar:
         if last is not None and validation_due() and not_evaluated:  # the last attempt ended before it
             validate(engine, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
         while step < end and not stopped_by:
@@ -143,9 +148,12 @@ def main(argv: list[str] | None = None) -> int:
                             run_dir, engine, state, ranks=ranks, keep=config.train.keep_checkpoints
                         )  # fmt: skip
                         log.info("saved %s", saved)
-                        lifecycle.alive()
+                    if validation_due() and not stopped_by:
+                        lifecycle.ask()  # it takes long, and is made up for
+                        stopped_by = lifecycle.told_to_stop()
                     if validation_due() and not stopped_by:
                         validate(engine, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
+                    lifecycle.alive()
                 if epoch_ends or step == end or stopped_by:
                     break
     sink.close()

@@ -1,8 +1,8 @@
 """How a run ends before its end: told to stop by a scheduler or by Ctrl-C, or because no step comes back.
 
-A signal sets a flag. While a step is computed the ranks tell each other, on the CPU, whether anybody's is set; after
-the step all know it, save, and leave with SAVED. A thread of each rank looks whether steps end; if none does, it writes
-down where every thread stands and leaves with HUNG. Both codes mean: start the same command again.
+A signal sets a flag. While a step is computed the ranks tell each other, on the CPU, whether anybody's was set before
+it; after the step all know it, save, and leave with SAVED. A thread of each rank looks whether steps end; if none does,
+it writes down where every thread stands and leaves with HUNG. Both codes mean: start the same command again.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,21 +27,26 @@ log = logging.getLogger("tenfold")
 SAVED, HUNG = 85, 86  # exit codes
 # SLURM warns by USR2 as asked, and ends a job by CONT and TERM.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGCONT)
-LOOKS = 20  # at the time, while it runs out
+LOOKS = 20  # without a sign of life between them: hung; by their number, since a process that is suspended has no time
+
+MOST_GRACE_S = 60.0
 
 
 class Lifecycle:
     """Of one run, while it trains.
 
-    run_dir: where the stacks of a hung rank go. hang_s: seconds without a sign of life that mean hung; 0: for ever.
+    run_dir: where the stacks of a hung rank go. hang_s: seconds without a sign of life that mean hung; 0: never.
     """
 
     def __init__(self, ranks: Ranks, run_dir: str | Path, hang_s: float) -> None:
         self.ranks, self.run_dir, self.hang_s = ranks, Path(run_dir), hang_s
-        self.signal = 0  # that this process got
-        self._alive_s = time.monotonic()
+        self.signal = 0  # that this process got first
+        self._got: set[int] = set()
+        self._signs, self._pid = 0, os.getpid()
         on_gpus = ranks.world > 1 and ranks.device.type == "cuda"
-        self._group = dist.new_group(backend="gloo") if on_gpus else None  # no GPU has to be waited for
+        self._group = (
+            dist.new_group(backend="gloo", timeout=patience(hang_s)) if on_gpus else None
+        )  # no GPU has to be waited for
         self._flag, self._work = torch.zeros(1), None
 
     @contextlib.contextmanager
@@ -59,17 +64,20 @@ class Lifecycle:
         finally:
             ended.set()
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number in (signal.SIGINT, signal.SIGTERM):  # once more: whoever it is does not want to wait
+        if os.getpid() != self._pid:  # a data worker that has just been forked, and whom its parent ends
+            os._exit(0) if number == signal.SIGTERM else None
+        if number in self._got and number in (signal.SIGINT, signal.SIGTERM):  # once more: somebody will not wait
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
+        self._got.add(number)
         self.signal = self.signal or number
 
     def alive(self) -> None:
         """A sign of life: training goes on."""
-        self._alive_s = time.monotonic()
+        self._signs += 1
 
     def update(self, count: int = 1) -> None:
         """A sign of life from what reports progress."""
@@ -90,12 +98,25 @@ class Lifecycle:
         return signal.Signals(number).name if number else None
 
     def _watch(self, ended: threading.Event) -> None:
-        while not ended.wait(self.hang_s / LOOKS):
-            silent_s = time.monotonic() - self._alive_s
-            if silent_s > self.hang_s:
-                path = self.run_dir / f"hung-rank{self.ranks.rank}.txt"
-                with contextlib.suppress(OSError), path.open("w") as file:
-                    faulthandler.dump_traceback(file, all_threads=True)
-                log.critical("no step has ended for %.0f s (train.hang_minutes=%g): %s says where this rank stands",
-                             silent_s, self.hang_s / 60, path)  # fmt: skip
-                os._exit(HUNG)
+        pause_s = min(self.hang_s / LOOKS, threading.TIMEOUT_MAX)
+        silent, signs = 0, -1
+        while silent <= LOOKS:
+            if ended.wait(pause_s):
+                return
+            silent, signs = silent + 1 if self._signs == signs else 0, self._signs
+        # None leaves before the others have noticed, too, and written. And what is written to may be what hangs.
+        grace_s = min(2 * pause_s, MOST_GRACE_S)
+        timer = threading.Timer(grace_s, os._exit, (HUNG,))
+        timer.daemon = True
+        timer.start()
+        path = self.run_dir / f"hung-rank{self.ranks.rank}.txt"
+        with contextlib.suppress(OSError), path.open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        log.critical("no sign of life for %.3g minutes (train.hang_minutes): %s says where this rank stands",
+                     self.hang_s / 60, path)  # fmt: skip
+        timer.join()
+
+
+def patience(hang_s: float) -> timedelta:
+    """How long a rank waits for another in a collective: longer than it takes to see that one hangs."""
+    return timedelta(seconds=2 * hang_s + 60) if hang_s else timedelta(days=7)

@@ -5,6 +5,7 @@ import importlib
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -56,11 +57,12 @@ class Ranks:
             dist.barrier()
 
 
-def init_ranks() -> Ranks:
+def init_ranks(patience: timedelta | None = None) -> Ranks:
     """Join the process group that the launcher's environment describes; alone where there is no launcher.
 
     One GPU a process where there are GPUs (nccl), otherwise, or with DS_ACCELERATOR=cpu, the CPU's cores are shared
-    out (gloo). Raises UsageError: more processes than GPUs.
+    out (gloo). patience: with the others in collectives (None: DeepSpeed's, ten minutes).
+    Raises UsageError: more processes than GPUs.
     """
     import deepspeed
 
@@ -83,7 +85,8 @@ def init_ranks() -> Ranks:
         # By its name: the attribute deepspeed.comm.torch is torch itself.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        waits = {} if patience is None else {"timeout": patience}
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, **waits)
         if backend == "gloo":  # whose threads abort a process that exits with the group still open
             atexit.register(dist.destroy_process_group)
     return Ranks(rank, world, local_rank, device)

@@ -57,6 +57,17 @@ def test_ctrl_c_twice_ends_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("first", [signal.SIGCONT, signal.SIGUSR2, signal.SIGINT])
+def test_a_scheduler_that_goes_on_to_another_signal_is_no_hurry(first, tmp_path):
+    """SLURM ends a job by CONT and TERM, or by TERM after the USR2 it was asked for."""
+    lifecycle = Lifecycle(ALONE, tmp_path, 0)
+    with lifecycle.watching():
+        os.kill(os.getpid(), first)
+        os.kill(os.getpid(), signal.SIGTERM)
+        lifecycle.ask()
+        assert lifecycle.told_to_stop() == first.name
+
+
 HANGS = """
 import sys, time, torch
 from framework.engine.lifecycle import Lifecycle
@@ -65,10 +76,11 @@ from framework.engine.ranks import Ranks
 def waits_for_ever():
     time.sleep(60)
 
-with Lifecycle(Ranks(3, 4, 3, torch.device("cpu")), sys.argv[1], 1.0).watching() as lifecycle:
-    for _ in range(15):
+with Lifecycle(Ranks(3, 1, 3, torch.device("cpu")), sys.argv[1], 1.0).watching() as lifecycle:
+    for n in range(30):
         time.sleep(0.1)
-        lifecycle.alive()
+        lifecycle.ask() if n % 2 else lifecycle.update(3)
+        n % 2 and lifecycle.told_to_stop()
     print("alive", flush=True)
     waits_for_ever()
 """
@@ -80,4 +92,4 @@ def test_a_rank_that_hangs_says_where_and_leaves(tmp_path):
     )
     assert result.returncode == HUNG and result.stdout == "alive\n"
     assert "waits_for_ever" in (tmp_path / "hung-rank3.txt").read_text()
-    assert "no step has ended" in result.stderr and "train.hang_minutes" in result.stderr
+    assert "no sign of life for" in result.stderr and "train.hang_minutes" in result.stderr
