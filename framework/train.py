@@ -54,15 +54,15 @@ EXAMPLE = """example:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     config = configuration.load(args.config, args.overrides)
-    run_dir = str(config.train.run_dir)
     hang_s = 60 * config.train.hang_minutes
     ranks = init_ranks(patience(hang_s))
     setup_logging(None, ranks.is_main)
-    with Lifecycle(ranks, run_dir, hang_s).watching() as lifecycle:
+    with Lifecycle(ranks, str(config.train.run_dir), hang_s).watching() as lifecycle:
         return run(config, ranks, lifecycle)
 
 
 def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
+    """The story of a run; returns its exit code."""
     run_dir = str(config.train.run_dir)
     train_set, val_set = open_data(config, ranks)
     ranks.refuse_different({"data.train": train_set.manifest.fingerprint,
