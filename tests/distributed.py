@@ -5,6 +5,7 @@ import pickle
 import socket
 import tempfile
 from collections.abc import Callable
+from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch.multiprocessing as multiprocessing
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(ranks, *args) on `world` processes; what each returned, in the order of ranks.
 
-    The function has to be importable by its name. An error in one process is raised here. One rank is this process.
+    The function has to be importable by its name. An error in one process is raised here. One rank is this process;
+    others are forked from a process that has imported what takes long, and nothing else.
     """
     if world == 1:
         from framework.engine.ranks import init_ranks
@@ -22,7 +24,10 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         return [function(init_ranks(), *args)]
     port = free_port()
     with tempfile.TemporaryDirectory() as results:
-        multiprocessing.spawn(_one_rank, (world, port, results, function, args), nprocs=world)
+        set_forkserver_preload(["torch", "deepspeed", "framework.engine.ds_config", "framework.engine.ranks"])
+        multiprocessing.start_processes(
+            _one_rank, (world, port, results, function, args), nprocs=world, start_method="forkserver"
+        )
         return [pickle.loads((Path(results) / str(rank)).read_bytes()) for rank in range(world)]
 
 
