@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 STAGES = (0, 1, 2, 3)
 SENT_IN_LOWER_PRECISION = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # DeepSpeed's list, subclasses left out
 STAGE_0_BUCKET = 500_000_000  # elements
+DROPOUT_OF_ATTENTION = 10  # its place among the arguments of multi_head_attention_forward
 
 
 class Weight(NamedTuple):
@@ -157,7 +158,7 @@ def traffic(stage: int, setup: Setup) -> list[Collective]:
     return [
         ring("reduce-scatter", "gradients", setup.accumulation, setup.sent_bytes(trainable)),
         ring("all-gather", "weights", passes * setup.accumulation, setup.sent_bytes(large)),
-        ring("all-gather", "small weights", 1, 4 * small),
+        ring("all-gather", "small ones", 1, 4 * small),
     ]
 
 
@@ -191,7 +192,7 @@ def alive_after_forward(
 
 
 class _AsOnGPU(TorchFunctionMode):
-    """Where a GPU keeps something else for backward than a CPU: on fakes alone, whose attention has no CPU kernel.
+    """Where a GPU keeps something else for backward than a CPU.
 
     Dropout keeps one byte an element there; norms are in float32 under autocast; attention keeps no matrix.
     """
@@ -199,21 +200,13 @@ class _AsOnGPU(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is nn.functional.dropout:
-            x, p, training = _named(("input", "p", "training"), args, kwargs)
-            return torch.native_dropout(x, p, training)[0]
+            return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
         if function in (nn.functional.layer_norm, nn.functional.group_norm):
             return function(args[0].float(), *args[1:], **kwargs)
-        if function is nn.functional.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            *inputs, mask, p, causal = _named(names, args, {"attn_mask": None, "is_causal": False} | kwargs)
-            return torch.ops.aten._scaled_dot_product_efficient_attention(*inputs, mask, True, p, causal)[0]
+        if function is nn.functional.multi_head_attention_forward:
+            # Without dropout a CPU, too, takes the fused kernel, which keeps inputs, result and sums of rows.
+            args = (*args[:DROPOUT_OF_ATTENTION], 0.0, *args[DROPOUT_OF_ATTENTION + 1 :])
         return function(*args, **kwargs)
-
-
-def _named(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments of a call, in the order of names."""
-    given = kwargs | dict(zip(names, args, strict=False))
-    return [given[name] for name in names]
 
 
 class _Storages(TorchDispatchMode):

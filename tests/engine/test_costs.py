@@ -59,6 +59,14 @@ def test_what_backward_saves_is_alive_and_little_else_is():
     assert sum(saved.values()) <= alive <= 1.3 * sum(saved.values())
 
 
+def test_dense_attention_keeps_no_matrix_on_a_gpu():
+    model = meta_detector(replace(TINY, attention="dense", num_feature_levels=1, classification="softmax"))
+    sizes = (1024, 1024)  # 1,024 tokens
+    matrix = 4 * TINY.num_heads * 1024**2
+    on_cpu, on_gpu = (costs.activations(model, sizes, 1, torch.float32, as_on_gpu=gpu) for gpu in (False, True))
+    assert on_cpu - on_gpu > 3 * TINY.encoder_layers * matrix
+
+
 RECORDED = json.loads((REPOSITORY / "docs/results/gpu-train-step.json").read_text())
 
 
@@ -74,7 +82,7 @@ def test_memory_of_a_step_on_an_h100(variant, batch, dtype):
     model = meta_detector(VARIANTS[variant])
     bytes_of = costs.memory(0, setup_of(model))
     total = bytes_of["weights"] + bytes_of["optimizer"] + costs.activations(model, (800, 1066), batch, dtype)
-    assert total / GIB == pytest.approx(ops["peak GiB"], rel=0.04)
+    assert 0.94 < total / GIB / ops["peak GiB"] < 1  # what the loss keeps is not in it
 
 
 def setup_of(model, **changes):
