@@ -155,7 +155,7 @@ def stages_of(args: argparse.Namespace, config: Config, world: int, accumulation
     with torch.device("meta"):
         model = build_detector(config.model)
     in_backbone = costs.weights_of(model.backbone)
-    rest = costs.weights_of(model)[len(in_backbone) :]
+    rest = costs.weights_of(torch.nn.ModuleList(part for part in model.children() if part is not model.backbone))
     added = 0
     if args.backbone_parameters is not None:
         added = args.backbone_parameters - sum(one.elements for one in in_backbone)
