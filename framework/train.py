@@ -118,7 +118,7 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
         return {*steps[: config.train.keep_checkpoints], *epochs, *(best or ())[:1]}
 
     not_evaluated = ranks.all_gather_objects(not Path(run_dir, evaluation_name(step)).exists())[0]
-    stopped_by = None
+    stopped_by, owed = None, False
     with (Checkpoints(run_dir, ranks, kept) as checkpoints,
           progress(int(end), initial=step, description="training") as bar):  # fmt: skip
         if last is not None and validation_due() and not_evaluated:  # the last attempt ended before it
@@ -153,8 +153,10 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
                     bar.set_postfix(loss=values.get("loss/total", math.nan))
                 if epoch_ends:
                     at = replace(at, epoch=at.epoch + 1, samples_consumed=0)
+                owed = owed or save_due
                 with meter.paused():
-                    if save_due:
+                    if owed and not guard.in_a_row:  # whose weights may be what is wrong
+                        owed = False
                         classes = [asdict(c) for c in train_set.manifest.classes]
                         checkpoints.save(engine, {
                             "step": step, "data": asdict(at), "lr": rates, "world": ranks.world, "classes": classes,
@@ -170,6 +172,8 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
                     break
         checkpoints.finish()
     sink.close()
+    if owed:
+        log.warning("the last %d steps were skipped, and nothing was saved since", guard.in_a_row)
     if stopped_by:
         log.info("stopped by %s after step %d, which is saved; the same command goes on", stopped_by, step)
         return SAVED
