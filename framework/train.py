@@ -23,7 +23,7 @@ from framework.engine.ds_config import deepspeed_config, start_engine
 from framework.engine.ema import Ema
 from framework.engine.guard import Guard
 from framework.engine.lifecycle import SAVED, Lifecycle, patience
-from framework.engine.optimizer import build_optimizer, learning_rates, set_learning_rates
+from framework.engine.optimizer import build_optimizer, learning_rates, other_batch, set_learning_rates
 from framework.engine.ranks import Ranks, init_ranks
 from framework.engine.rehearsal import rehearse
 from framework.engine.step import train_step
@@ -34,9 +34,9 @@ from framework.models.detector import Detector
 from framework.models.weights import load_published
 from framework.tracking.console import progress, setup_logging
 from framework.tracking.meter import Meter
-from framework.tracking.run_folder import record_run, refuse_other_run
+from framework.tracking.run_folder import best_evaluation, evaluation_name, record_run, refuse_other_run
 from framework.tracking.sink import open_sink
-from framework.validation import best_evaluation, evaluation_name, validate
+from framework.validation import validate
 
 log = logging.getLogger("tenfold")
 
@@ -107,6 +107,8 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
         train_set.manifest.images, per_epoch, config.train.global_batch, ranks.world, config.train.micro_batch,
         train_set.accumulation, step, end,
     )  # fmt: skip
+    if (said := other_batch(config.optim, config.train.global_batch)) is not None:
+        log.info("%s", said)
 
     def validation_due() -> bool:
         return val_set is not None and (step == end or every(config.eval.every * per_epoch, step))

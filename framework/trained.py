@@ -16,6 +16,7 @@ from framework.evaluation.detections import placeholder_classes
 from framework.models.build import build_detector
 from framework.models.detector import Detector
 from framework.models.weights import load_published
+from framework.tracking.run_folder import best_evaluation
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Trained:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="RUN", help="run folder of a training: its newest whole checkpoint is used")
+    parser.add_argument(
+        "--best", action="store_true", help="of --run the checkpoint with the highest AP (train.keep_best)"
+    )
     parser.add_argument("--weights", metavar="FILE", help="published checkpoint (.pth) or one of a run; needs --config")
     parser.add_argument("--config", metavar="FILE", help="configuration of the weights")
 
@@ -52,7 +56,7 @@ def load_trained(args: argparse.Namespace, overrides: list[str], data: str | Non
     if bool(args.run) == bool(args.weights) or bool(args.weights) != bool(args.config):
         raise UsageError("expected either --run RUN, or --weights FILE with --config FILE")
     if args.run:
-        weights, config = _of_run(Path(args.run), overrides)
+        weights, config = _of_run(Path(args.run), overrides, args.best)
     else:
         weights = Path(args.weights)
         if not weights.exists():
@@ -71,13 +75,27 @@ def load_trained(args: argparse.Namespace, overrides: list[str], data: str | Non
     return Trained(model.eval(), config, classes, weights)
 
 
-def _of_run(run: Path, overrides: list[str]) -> tuple[Path, Config]:
+def _of_run(run: Path, overrides: list[str], best: bool) -> tuple[Path, Config]:
     if not (run / "config.yaml").is_file():
         raise UsageError(f"--run {run}: no config.yaml; expected the folder of a training run")
-    weights = checkpoint.newest(run)
+    weights = best_checkpoint(run) if best else checkpoint.newest(run)
     if weights is None:
         raise UsageError(f"--run {run}: no whole checkpoint in {run / 'checkpoints'}; train it first, or longer")
     return weights, configuration.load(run / "config.yaml", overrides)
+
+
+def best_checkpoint(run: Path) -> Path:
+    """Raises UsageError: nothing was evaluated, or its checkpoint is not there."""
+    found = best_evaluation(run)
+    if found is None:
+        raise UsageError(
+            f"--best: {run / 'evaluation'} holds no evaluation; leave --best out, or train with eval.every=1"
+        )
+    weights = checkpoint.folder_of(run, found[0])
+    if (fault := checkpoint.fault_of(weights)) is not None:
+        raise UsageError(f"--best: {weights}, the best with AP {found[1]:.3f}, is not whole ({fault}); leave --best out "
+                         "(train.keep_best=true keeps it)")  # fmt: skip
+    return weights
 
 
 def _classes(weights: Path, config: Config, data: str | None) -> list[Category] | None:

@@ -1,10 +1,8 @@
 """The evaluations of a run while it trains: AP, pictures, an alarm when it collapses; and which one was the best."""
 
-import json
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from framework.models.build import build_detector
 from framework.models.detector import Detector
 from framework.tracking.attention import draw_attention
 from framework.tracking.pictures import draw_coco, side_by_side
+from framework.tracking.run_folder import best_evaluation, evaluation_name
 from framework.tracking.sink import Sink
 
 log = logging.getLogger("tenfold")
@@ -80,17 +79,6 @@ def whole_detector(engine: Any, ema: Ema | None, config: Config, ranks: Ranks) -
         for name, tensor in named_tensors(detector).items():
             tensor.copy_(weights[name])
     return detector
-
-
-def evaluation_name(step: int) -> str:
-    return f"evaluation/step-{step:08d}.json"
-
-
-def best_evaluation(run_dir: str | Path) -> tuple[int, float] | None:
-    """Step and AP of the best evaluation that the run has recorded, the first of equal ones."""
-    documents = [json.loads(path.read_bytes()) for path in sorted(Path(run_dir, "evaluation").glob("step-*.json"))]
-    best = max(documents, key=lambda one: one["AP"], default=None)
-    return (best["step"], best["AP"]) if best else None
 
 
 def picture_of(val_set: EvalLoader, i: int, detections: list[dict[str, Any]]) -> np.ndarray | None:

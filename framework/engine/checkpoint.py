@@ -61,7 +61,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: str | Path, ranks: Ranks, keep: Callable[[list[int]], set[int]]) -> None:
-        self.folder, self.ranks, self.keep = Path(run_dir) / "checkpoints", ranks, keep
+        self.run_dir, self.ranks, self.keep = Path(run_dir), ranks, keep
         self.failure: str | None = None
         self._thread: threading.Thread | None = None
 
@@ -111,7 +111,7 @@ class Checkpoints:
             self._thread = None
 
     def _write(self, state: dict[str, Any], tensors: dict[str, Tensor], fixed: dict[str, Tensor]) -> None:
-        folder, began = self.folder / f"step-{state['step']:08d}", time.perf_counter()
+        folder, began = folder_of(self.run_dir, state["step"]), time.perf_counter()
         try:
             _write(folder, tensors, fixed, state)
             self._drop_old(folder)
@@ -122,12 +122,16 @@ class Checkpoints:
             log.info("saved %s in %.2g s", folder, time.perf_counter() - began)
 
     def _drop_old(self, saved: Path) -> None:
-        folders = _folders(self.folder)
+        folders = _folders(saved.parent)
         older = [folder for folder in folders if folder.name <= saved.name]
         kept = self.keep([_step_of(folder) for folder in older])
         for folder in folders:
             if folder != saved and (folder not in older or _step_of(folder) not in kept):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def folder_of(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
 def newest(run_dir: str | Path) -> Path | None:
@@ -235,14 +239,14 @@ def _free_memory() -> float:
 
 def _verified(run_dir: str | Path) -> Iterator[Path]:
     for folder in _folders(Path(run_dir) / "checkpoints"):
-        fault = _fault(folder)
+        fault = fault_of(folder)
         if fault is None:
             yield folder
         else:
             log.warning("checkpoint %s is not used: %s", folder, fault)
 
 
-def _fault(folder: Path) -> str | None:
+def fault_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]

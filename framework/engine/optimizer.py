@@ -124,6 +124,14 @@ def learning_rates(
     return {"rest": lr, "backbone": lr * config.backbone_lr_scale, "sampling": lr * config.sampling_lr_scale}
 
 
+def other_batch(config: OptimConfig, global_batch: int) -> str | None:
+    """What to say of a batch that the recipe's rates are not for, and that they are not scaled to."""
+    if global_batch == PAPER_BATCH or config.lr_scaling != "none":
+        return None
+    return (f"the recipe is for {PAPER_BATCH} images a step, not {global_batch}, and optim.lr_scaling=none keeps its "
+            "rates")  # fmt: skip
+
+
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: dict[str, float]) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"]]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from framework.config import Config
-from framework.engine.optimizer import GROUPS, PAPER_BATCH
+from framework.engine.optimizer import GROUPS, other_batch
 
 GIB, MIB = 2**30, 2**20
 WORTH = 0.1  # a share of stage 0's memory below which sharding is not worth a collective
@@ -33,9 +33,8 @@ def schedule_text(schedule: list[dict[str, Any]] | None, config: Config) -> str:
         head = ["from step", "", *GROUPS]
         lines += columns([head, *([f"{row['step']:,}", row["what"], *(f"{row[g]:.3g}" for g in GROUPS)]
                                   for row in schedule)])  # fmt: skip
-    if config.train.global_batch != PAPER_BATCH and config.optim.lr_scaling == "none":
-        lines.append(f"  the recipe is for {PAPER_BATCH} images a step, not {config.train.global_batch}, and "
-                     "optim.lr_scaling=none keeps its rates")  # fmt: skip
+    if (said := other_batch(config.optim, config.train.global_batch)) is not None:
+        lines.append(f"  {said}")
     return "\n".join(["Learning rate", *lines]) if lines else ""
 
 

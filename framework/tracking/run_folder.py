@@ -1,6 +1,7 @@
-"""The folder of a run: the configuration it was started with, and where and with what it runs."""
+"""The folder of a run: the configuration it was started with, where and with what it runs, its evaluations."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -68,6 +69,17 @@ def different_keys(stored: Config, wanted: Config) -> list[str]:
         for key in after
         if before[key] != after[key] and not key.startswith(FREE_KEYS)
     ]
+
+
+def evaluation_name(step: int) -> str:
+    return f"evaluation/step-{step:08d}.json"
+
+
+def best_evaluation(run_dir: str | Path) -> tuple[int, float] | None:
+    """Step and AP of the best evaluation that the run has recorded, the first of equal ones."""
+    documents = [json.loads(path.read_bytes()) for path in sorted(Path(run_dir, "evaluation").glob("step-*.json"))]
+    best = max(documents, key=lambda one: one["AP"], default=None)
+    return (best["step"], best["AP"]) if best else None
 
 
 def describe_environment(ranks: Ranks) -> dict[str, Any]:
