@@ -93,8 +93,8 @@ def best_checkpoint(run: Path) -> Path:
         )
     weights = checkpoint.folder_of(run, found[0])
     if (fault := checkpoint.fault_of(weights)) is not None:
-        raise UsageError(f"--best: {weights}, the best with AP {found[1]:.3f}, is not whole ({fault}); leave --best out "
-                         "(train.keep_best=true keeps it)")  # fmt: skip
+        raise UsageError(f"--best: {weights}, of AP {found[1]:.3f}, is not whole ({fault}); leave --best out; "
+                         "train.keep_best=true keeps it")  # fmt: skip
     return weights
 
 

@@ -19,6 +19,8 @@ from framework.errors import InputError, UsageError
 from framework.evaluation.coco import METRICS
 from framework.files import sha256_of
 from framework.models.backbone import FrozenBatchNorm2d, ResNet
+from framework.tracking.console import write_json
+from framework.trained import best_checkpoint
 from tests.data.shards import CLASSES, make_sample, overwrite, write_shards
 from tests.distributed import free_port
 from tests.paths import REPOSITORY
@@ -214,6 +216,12 @@ def test_weights_that_no_rank_holds_whole_and_their_average(data, whole, tmp_pat
     printed = json.loads(capfd.readouterr().out.splitlines()[-1])
     recorded = json.loads((run / "evaluation/step-00000003.json").read_text())
     assert [printed[name] for name in METRICS] == [recorded[name] for name in METRICS]
+    (tmp_path / "copy/evaluation").mkdir(parents=True)
+    for step, ap in ((3, 0.5), (6, 0.4), (9, 0.5)):
+        write_json(tmp_path / f"copy/evaluation/step-{step:08d}.json", {"step": step, "AP": ap})
+    with pytest.raises(UsageError, match=r"--best: .*checkpoints/step-00000003, of AP 0.500, is not whole .*MANIFEST"):
+        best_checkpoint(tmp_path / "copy")
+    assert best_checkpoint(run) == checkpoint.newest(run)
     trained, averaged = (checkpoint.read_weights(checkpoint.newest(one)) for one in (whole, run))
     assert any((trained[name] != averaged[name]).any() for name in trained)
 
