@@ -55,6 +55,8 @@ def load_trained(args: argparse.Namespace, overrides: list[str], data: str | Non
     """
     if bool(args.run) == bool(args.weights) or bool(args.weights) != bool(args.config):
         raise UsageError("expected either --run RUN, or --weights FILE with --config FILE")
+    if args.best and not args.run:
+        raise UsageError("--best: found --weights, which name one checkpoint; expected --run RUN, or leave --best out")
     if args.run:
         weights, config = _of_run(Path(args.run), overrides, args.best)
     else:
