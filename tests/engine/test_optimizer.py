@@ -69,6 +69,7 @@ def test_each_implementation_is_adamw(impl):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("impl", ["torch", "deepspeed", "apex"])
 def test_each_implementation_is_adamw_on_a_gpu(impl):
     assert largest_difference_from_adamw(impl, CUDA) < 1e-6
