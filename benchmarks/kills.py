@@ -340,6 +340,21 @@ def whole_run(folder: Path, name: str, world: int, overrides: list[str], steps: 
     )  # fmt: skip
 
 
+class Wholes:
+    """The whole run of each ZeRO stage, once a lane needs it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.found = folder, dict[int, Whole]()
+        self.locks = {stage: threading.Lock() for stage in STAGES}
+
+    def of(self, stage: int) -> Whole:
+        with self.locks[stage]:
+            if stage not in self.found:
+                overrides = [f"engine.zero_stage={stage}"]
+                self.found[stage] = whole_run(self.folder, f"whole-stage{stage}", WORLD, overrides, STEPS)
+            return self.found[stage]
+
+
 def faults_of(run: Path, whole: Whole, at_the_kill: Path | None) -> tuple[list[str], Path | None, int]:
     """What is wrong with a run folder whose processes are dead; its newest checkpoint; steps since."""
     faults, last = [], newest(run)
@@ -406,7 +421,7 @@ class Tally:
 class Lane:
     """Runs one after the other, each killed and started again until it has reached its end."""
 
-    def __init__(self, number: int, folder: Path, seed: int, wholes: list[Whole], tally: Tally) -> None:
+    def __init__(self, number: int, folder: Path, seed: int, wholes: Wholes, tally: Tally) -> None:
         self.number, self.folder, self.wholes, self.tally = number, folder, wholes, tally
         self.random = random.Random(f"{seed}/{number}")
         self.orphans: list[tuple[int, str, float, Path]] = []
@@ -426,7 +441,7 @@ class Lane:
 
     def one_run(self, run: Path, stage: int) -> None:
         """Until its end, killed on the way as long as kills are wanted."""
-        whole, expected = self.wholes[stage], None
+        whole, expected = self.wholes.of(stage), None
         overrides = [f"engine.zero_stage={stage}", f"train.max_steps={STEPS}"]
         for number in range(1, 1000):
             where = f"{run.name}, start {number}"
@@ -549,10 +564,8 @@ class Lane:
 
 
 def random_kills(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    wholes = [whole_run(folder, f"whole-stage{stage}", WORLD, [f"engine.zero_stage={stage}"], STEPS)
-              for stage in STAGES]  # fmt: skip
+    wholes = Wholes(folder)
     tally = Tally(args.kills, time.monotonic() + 60 * args.minutes)
-    tally.start_s += [whole.start_s for whole in wholes]
     lanes = [Lane(n, folder, args.seed, wholes, tally) for n in range(args.lanes)]
     threads = [threading.Thread(target=lane.work) for lane in lanes]
     for thread in threads:
