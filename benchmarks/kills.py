@@ -304,8 +304,13 @@ def step_of(folder: Path | None) -> int:
     return int(folder.name[5:]) if folder else 0
 
 
-def is_saving(run: Path) -> bool:
-    return any((run / "checkpoints").glob("*.tmp"))
+def is_saving(run: Path, since: float = 0.0) -> bool:
+    """Whether a folder is there that was begun since (time.time()) and is not committed."""
+    for folder in (run / "checkpoints").glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_mtime > since:
+                return True
+    return False
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:
@@ -488,7 +493,8 @@ class Lane:
         victims = [self.random.randrange(WORLD)] if self.random.random() < 0.5 else list(range(WORLD))
         self.await_moment(start, aim, part, whole)
         known, children = newest(start.run), start.workers()
-        place = "saving" if is_saving(start.run) else "start" if start.resumed() is None else "training"
+        saving = is_saving(start.run, start.began)
+        place = "start" if start.resumed() is None else "saving" if saving else "training"
         begun = time.time() - start.began
         if start.ended():
             with self.tally.lock:
@@ -547,7 +553,7 @@ class Lane:
         skipped, part = divmod(3 * part, 1)  # commits
         first = step_of(newest(start.run)) + EVERY * skipped
         until(lambda: start.ended() or step_of(newest(start.run)) >= first, LIMIT_S)
-        until(lambda: start.ended() or is_saving(start.run), LIMIT_S)
+        until(lambda: start.ended() or is_saving(start.run, start.began), LIMIT_S)
         until(start.ended, part * LONGEST_SAVE_S)
 
     def look_for_orphans(self) -> None:
