@@ -243,6 +243,12 @@ def test_what_was_just_saved_is_kept_beside_a_broken_newer_one(run_dir):
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+def test_what_a_killed_attempt_had_begun_to_write_goes(run_dir):
+    (run_dir / "checkpoints/step-00000003").rename(run_dir / "checkpoints/step-00000005.tmp")
+    run_ranks(1, save_step_four, run_dir)
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
+
+
 def averages(ranks: Ranks, stage: int, run_dir: Path) -> list[dict[str, torch.Tensor]]:
     """After four steps: what the EMA should be, what it is, and what it is in a run that went on after the second;
     after the second: what it should be, and the weights that were saved."""
