@@ -33,7 +33,7 @@ model:
   decoder_layers: 2
   ffn_width: 32
   num_queries: 12
-  backbone: {name: resnet18, norm: group}
+  backbone: {name: resnet18, norm: group, width: 16}
 data: {workers: 1, sizes: [64], max_size: 100, crop_resize: [48], crop_sizes: [32, 48]}
 train: {global_batch: 8, micro_batch: 2, epochs: 2, lr_drop_epochs: [1], checkpoint_every: 2}
 engine: {precision: fp32}
@@ -256,7 +256,8 @@ def test_start_weights_of_the_wrong_kind(data, whole, tmp_path):
     torch.save(backbone, tmp_path / "resnet18.pth")
     other = tmp_path / "resnet34.pth"
     torch.save({"model": {f"backbone.0.body.{name}": tensor for name, tensor in
-                          ResNet("resnet34", num_maps=3, dilation=False, norm=FrozenBatchNorm2d, freeze_stem=True)
+                          ResNet("resnet34", num_maps=3, dilation=False, norm=FrozenBatchNorm2d, freeze_stem=True,
+                                 width=16)
                           .state_dict().items()}}, other)  # fmt: skip
     for overrides, message in (
         ([f"model.init={tmp_path / 'resnet18.pth'}"], "resnet18.pth: found a ResNet alone"),
