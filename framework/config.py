@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from framework.data.loader import DataConfig
 from framework.engine.ds_config import EngineConfig
+from framework.engine.guard import GuardConfig
 from framework.engine.optimizer import OptimConfig
 from framework.errors import UsageError
 from framework.evaluation.coco import EvalConfig
@@ -30,6 +31,11 @@ class TrainConfig:
 
     run_dir: null means runs/<name of the config file>. max_steps: stop early after so many optimizer steps.
     checkpoint_every: optimizer steps; 0 means at the end of each epoch only, which always saves.
+    keep_checkpoints: the newest so many stay. keep_best: that of the highest AP too. keep_every_epochs: and those of
+        every so many epochs; 0: none of them.
+    ema_decay: keep an exponential moving average of the weights, which is evaluated and saved in their place; 0.9997,
+        say; 0: none.
+    rehearse: on GPUs, a step on the largest batch of the epoch comes first, so that memory runs out at once or never.
     resume: go on from what run_dir holds; false refuses a run_dir that holds a checkpoint.
     hang_minutes: a rank for which no step ends, no checkpoint and no batch of an evaluation, for so long writes where
         it stands, and leaves with exit code 86; 0: never.
@@ -45,6 +51,10 @@ class TrainConfig:
     resume: bool = True
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    keep_best: bool = True
+    keep_every_epochs: int = 0
+    ema_decay: float = 0.0
+    rehearse: bool = True
     hang_minutes: float = 30.0
 
     def __post_init__(self) -> None:
@@ -53,6 +63,10 @@ class TrainConfig:
                 raise UsageError(f"train.{key}: found {getattr(self, key)}, expected at least 1")
         if self.checkpoint_every < 0:
             raise UsageError(f"train.checkpoint_every: found {self.checkpoint_every}, expected steps, or 0 for epochs")
+        if self.keep_every_epochs < 0:
+            raise UsageError(f"train.keep_every_epochs: found {self.keep_every_epochs}, expected epochs, or 0 for none")
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"train.ema_decay: found {self.ema_decay}, expected a decay below 1, or 0 for no average")
         if not all(epoch > 0 for epoch in self.lr_drop_epochs):
             raise UsageError(f"train.lr_drop_epochs: found {self.lr_drop_epochs}, expected epochs of at least 1, or []")
         if not 0 <= self.hang_minutes < math.inf:
@@ -74,6 +88,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

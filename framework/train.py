@@ -7,43 +7,38 @@ python -m framework.train --config ...                                          
 import argparse
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from framework import config as configuration
 from framework.config import Config
-from framework.data.loader import EvalLoader, TrainLoader, coco_annotations, dead_workers_told
+from framework.data.loader import EvalLoader, TrainLoader, dead_workers_told
 from framework.data.order import DataState
-from framework.data.transforms import decode
 from framework.engine import checkpoint
-from framework.engine.ds_config import autocast, deepspeed_config, start_engine
+from framework.engine.checkpoint import Checkpoints
+from framework.engine.ds_config import deepspeed_config, start_engine
+from framework.engine.ema import Ema
+from framework.engine.guard import Guard
 from framework.engine.lifecycle import SAVED, Lifecycle, patience
 from framework.engine.optimizer import build_optimizer, learning_rates, set_learning_rates
 from framework.engine.ranks import Ranks, init_ranks
+from framework.engine.rehearsal import rehearse
 from framework.engine.step import train_step
 from framework.errors import InputError, UsageError, command
-from framework.evaluation.attention import look_inside
-from framework.evaluation.coco import evaluate, report
 from framework.losses.criterion import Criterion
 from framework.models.build import build_detector
 from framework.models.detector import Detector
 from framework.models.weights import load_published
-from framework.tracking.attention import draw_attention
 from framework.tracking.console import progress, setup_logging
 from framework.tracking.meter import Meter
-from framework.tracking.pictures import draw_coco, side_by_side
 from framework.tracking.run_folder import record_run, refuse_other_run
-from framework.tracking.sink import Sink, open_sink
+from framework.tracking.sink import open_sink
+from framework.validation import best_evaluation, evaluation_name, validate
 
 log = logging.getLogger("tenfold")
-
-SHOWN_SCORE = 0.3  # boxes of lower scores are not drawn
 
 EXAMPLE = """example:
   deepspeed --num_gpus 8 framework/train.py --config configs/coco_r50_deformable.yaml \\
@@ -75,7 +70,12 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
 
     torch.manual_seed(config.train.seed)
     detector = build_detector(config.model)
-    start = load_start_weights(detector, config) if last is None else checkpoint.read_state(last).get("start_weights")
+    if last is None:
+        state, start = {}, load_start_weights(detector, config)
+    else:
+        state = checkpoint.read_state(last)
+        start, at = state.get("start_weights"), DataState(**state["data"])
+        checkpoint.load_weights(last, detector)
     if config.engine.activation_checkpointing:
         detector.recompute_activations()
     optimizer = build_optimizer(detector.to(ranks.device), config.optim, ranks.device)
@@ -84,10 +84,12 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
         micro_batch=config.train.micro_batch, accumulation=train_set.accumulation, clip_norm=config.optim.clip_norm,
     ))  # fmt: skip
     criterion = Criterion(config.loss, config.model.classification)
-    meter = Meter(ranks)
+    ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
     if last is not None:
-        state = checkpoint.load(last, engine)
-        at, meter = DataState(**state["data"]), Meter(ranks, state["bad_samples"])
+        checkpoint.load_optimizer(last, engine, ema)
+    meter, guard = Meter(ranks, state.get("bad_samples", ())), Guard(config.guard, ranks, state.get("guard"))
+    if config.train.rehearse and ranks.device.type == "cuda":
+        rehearse(engine, criterion, *train_set.largest(at.epoch), ranks=ranks)
 
     per_epoch = train_set.steps_per_epoch
     end = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
@@ -109,11 +111,18 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     def validation_due() -> bool:
         return val_set is not None and (step == end or every(config.eval.every * per_epoch, step))
 
+    def kept(steps: list[int]) -> set[int]:
+        """Of the checkpoints, the newest first."""
+        best = best_evaluation(run_dir) if config.train.keep_best else None
+        epochs = {step for step in steps if every(config.train.keep_every_epochs * per_epoch, step)}
+        return {*steps[: config.train.keep_checkpoints], *epochs, *(best or ())[:1]}
+
     not_evaluated = ranks.all_gather_objects(not Path(run_dir, evaluation_name(step)).exists())[0]
-    stopped_by = None
-    with progress(int(end), initial=step, description="training") as bar:
+    stopped_by, owed = None, False
+    with (Checkpoints(run_dir, ranks, kept) as checkpoints,
+          progress(int(end), initial=step, description="training") as bar):  # fmt: skip
         if last is not None and validation_due() and not_evaluated:  # the last attempt ended before it
-            validate(engine, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
+            validate(engine, ema, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
         while step < end and not stopped_by:
             for micro_batches in meter.waiting(train_set.epoch(at.epoch, step % per_epoch)):
                 rates = learning_rates(
@@ -121,9 +130,13 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
                     drop_epochs=config.train.lr_drop_epochs,
                 )  # fmt: skip
                 set_learning_rates(engine.optimizer, rates)
-                lifecycle.ask()
-                metrics = train_step(engine, criterion, micro_batches, ranks=ranks, seed=config.train.seed, step=step)
+                lifecycle.ask(not_saved=checkpoints.failure is not None)
+                metrics = train_step(
+                    engine, criterion, micro_batches, ranks=ranks, seed=config.train.seed, step=step, guard=guard
+                )  # fmt: skip
                 meter.add(metrics, micro_batches)
+                if ema is not None and metrics:
+                    ema.update()
                 step += 1
                 at = replace(at, samples_consumed=at.samples_consumed + config.train.global_batch)
                 bar.update()
@@ -132,31 +145,35 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
                 save_due = epoch_ends or step == end or bool(stopped_by) or every(config.train.checkpoint_every, step)
                 if save_due or every(config.tracking.log_every, step):
                     values = meter.read()
-                    refuse_broken(values, step, config)  # before it is saved
+                    refuse_bad_samples(values, step, config)  # before it is saved
                     values |= {f"lr/{group}": lr for group, lr in rates.items()}
-                    sink.scalars(values | seen(step, config), step, step / per_epoch)
-                    bar.set_postfix(loss=values["loss/total"])
+                    values |= {"images_seen": float(step * config.train.global_batch),
+                               "skipped_steps": float(guard.total)}  # fmt: skip
+                    sink.scalars(values, step, step / per_epoch)
+                    bar.set_postfix(loss=values.get("loss/total", math.nan))
                 if epoch_ends:
                     at = replace(at, epoch=at.epoch + 1, samples_consumed=0)
+                owed = owed or save_due
                 with meter.paused():
-                    if save_due:
+                    if owed and not guard.in_a_row:  # whose weights may be what is wrong
+                        owed = False
                         classes = [asdict(c) for c in train_set.manifest.classes]
-                        state = {"step": step, "data": asdict(at), "lr": rates, "world": ranks.world,
-                                 "classes": classes, "bad_samples": sorted(meter.bad_samples),
-                                 "start_weights": start}  # fmt: skip
-                        saved = checkpoint.save(
-                            run_dir, engine, state, ranks=ranks, keep=config.train.keep_checkpoints
-                        )  # fmt: skip
-                        log.info("saved %s", saved)
+                        checkpoints.save(engine, {
+                            "step": step, "data": asdict(at), "lr": rates, "world": ranks.world, "classes": classes,
+                            "bad_samples": sorted(meter.bad_samples), "start_weights": start, "guard": guard.state(),
+                        }, ema)  # fmt: skip
                     if validation_due() and not stopped_by:
                         lifecycle.ask()  # it takes long, and is made up for
                         stopped_by = lifecycle.told_to_stop()
                     if validation_due() and not stopped_by:
-                        validate(engine, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
+                        validate(engine, ema, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
                     lifecycle.alive()
                 if epoch_ends or step == end or stopped_by:
                     break
+        checkpoints.finish()
     sink.close()
+    if owed:
+        log.warning("the last %d steps were skipped, and nothing was saved since", guard.in_a_row)
     if stopped_by:
         log.info("stopped by %s after step %d, which is saved; the same command goes on", stopped_by, step)
         return SAVED
@@ -243,78 +260,12 @@ def refuse_too_many_boxes(config: Config, train_set: TrainLoader) -> None:
                          f"{config.data.train} has {worst['boxes']} boxes; expected at least as many")  # fmt: skip
 
 
-def validate(
-    engine: Any, val_set: EvalLoader | None, config: Config, ranks: Ranks, sink: Sink, step: int, epoch: float,
-    lifecycle: Lifecycle,
-) -> None:  # fmt: skip
-    """Evaluate, record the numbers and some pictures. Collective."""
-    assert val_set is not None
-    engine.eval()
-    with autocast(config.engine, ranks.device):  # as framework.evaluate does, so that the numbers are the same
-        numbers, detections = evaluate(
-            engine.module, val_set, ranks=ranks, config=config.eval, labels=config.data.labels,
-            classification=config.model.classification, progress=lifecycle,
-        )  # fmt: skip
-    shown = range(min(config.tracking.attention, val_set.manifest.images))
-    looks = [attention_in(engine.module, val_set, i, config) for i in shown]
-    engine.train()
-    tags = {f"val/{name}": numbers[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
-    sink.scalars(tags | seen(step, config), step, epoch)
-    for i in range(min(config.tracking.pictures, val_set.manifest.images)):
-        sink.picture(f"predictions/{i}", partial(picture_of, val_set, i, detections), step)
-    for i, draw in enumerate(looks):
-        sink.picture(f"attention/{i}", draw, step)
-    sink.document(evaluation_name(step), report(numbers, config.eval.image_side, step=step, epoch=epoch))
-    log.info("epoch %g: %s", epoch, ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
-
-
-def evaluation_name(step: int) -> str:
-    return f"evaluation/step-{step:08d}.json"
-
-
-def seen(step: int, config: Config) -> dict[str, float]:
-    return {"images_seen": float(step * config.train.global_batch)}
-
-
-def picture_of(val_set: EvalLoader, i: int, detections: list[dict[str, Any]]) -> np.ndarray | None:
-    """Image i of the set, what was found in it beside what is there: uint8 (H, W, 3); None if it is a bad sample."""
-    try:
-        encoded, sample = val_set.source.read(i)
-        image = decode(encoded)
-    except InputError:
-        return None
-    classes = val_set.manifest.classes
-    found = [d for d in detections if d["image_id"] == sample.image_id and d["score"] >= SHOWN_SCORE]
-    titles = (f"predictions with a score of at least {SHOWN_SCORE}", "ground truth")
-    both = side_by_side(
-        draw_coco(image, found, classes), draw_coco(image, list(coco_annotations(sample)), classes), titles
-    )  # fmt: skip
-    return np.asarray(both)
-
-
-def attention_in(detector: Detector, val_set: EvalLoader, i: int, config: Config) -> Callable[[], np.ndarray | None]:
-    """What draws where the most certain query of image i looks: uint8 (H, W, 3), or None as for `picture_of`.
-
-    Collective: every rank runs the detector on the same image.
-    """
-    try:
-        image = decode(val_set.source.read(i)[0])
-    except InputError:
-        return lambda: None
-    classes = val_set.manifest.classes
-    found = look_inside(detector, image, config, classes)
-    return lambda: np.asarray(draw_attention(image, found[0], classes)) if found else None
-
-
 def every(interval: int, count: int) -> bool:
     return interval > 0 and count % interval == 0
 
 
-def refuse_broken(values: dict[str, float], step: int, config: Config) -> None:
-    """End the run on a loss or gradient that is no number, or on too many bad samples; on all ranks alike."""
-    for name, what in (("loss/total", "the loss"), ("grad_norm", "the gradient norm")):
-        if not math.isfinite(values[name]):
-            raise InputError(f"step {step}: {what} is {values[name]}; lower optim.lr, or set engine.precision=fp32")
+def refuse_bad_samples(values: dict[str, float], step: int, config: Config) -> None:
+    """End the run on too many of them; on all ranks alike."""
     if values["data/bad_samples"] > config.data.max_bad:
         raise InputError(f"step {step}: {values['data/bad_samples']:.0f} samples could not be used (log.txt names "
                          f"them), data.max_bad is {config.data.max_bad}; repair the shards or raise it")  # fmt: skip

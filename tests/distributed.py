@@ -5,19 +5,18 @@ import pickle
 import socket
 import tempfile
 from collections.abc import Callable
+from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
-# Ranks are forks of a process that has imported what takes each of them seconds, and has done nothing else.
-multiprocessing.set_forkserver_preload(["deepspeed", "omegaconf", "webdataset", "cv2", "scipy.optimize"])
-
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(ranks, *args) on `world` processes; what each returned, in the order of ranks.
 
-    The function has to be importable by its name. An error in one process is raised here. One rank is this process.
+    The function has to be importable by its name. An error in one process is raised here. One rank is this process;
+    others are forked from a process that has imported what takes long, and nothing else.
     """
     if world == 1:
         from framework.engine.ranks import init_ranks
@@ -25,8 +24,10 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         return [function(init_ranks(), *args)]
     port = free_port()
     with tempfile.TemporaryDirectory() as results:
-        arguments = (world, port, results, function, args)
-        multiprocessing.start_processes(_one_rank, arguments, nprocs=world, start_method="forkserver")
+        set_forkserver_preload(["torch", "deepspeed", "framework.engine.ds_config", "framework.engine.ranks"])
+        multiprocessing.start_processes(
+            _one_rank, (world, port, results, function, args), nprocs=world, start_method="forkserver"
+        )
         return [pickle.loads((Path(results) / str(rank)).read_bytes()) for rank in range(world)]
 
 

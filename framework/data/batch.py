@@ -131,6 +131,22 @@ def images_in(pixels_P: Any, sizes_hw: Sequence[tuple[int, int]]) -> list[Any]:
     return [pixels_P[end - 3 * h * w : end].reshape(h, w, 3) for end, (h, w) in zip(ends, sizes_hw, strict=True)]
 
 
+def padded_pixels(sizes_hw: Sequence[tuple[int, int]]) -> int:
+    """Of a micro-batch of images of these sizes."""
+    heights, widths = zip(*sizes_hw, strict=True)
+    return len(sizes_hw) * max(heights) * max(widths)
+
+
+def blank_batch(sizes_hw: Sequence[tuple[int, int]], boxes: int) -> Batch:
+    """Black images of these sizes, with so many boxes in the first one."""
+    box_14 = np.array([[0.5, 0.5, 0.5, 0.5]], dtype=np.float32)
+    counts = [boxes] + [0] * (len(sizes_hw) - 1)
+    return collate([
+        Example(np.zeros((*size_hw, 3), np.uint8), -1, size_hw, box_14.repeat(count, 0), np.zeros(count, np.int64))
+        for size_hw, count in zip(sizes_hw, counts, strict=True)
+    ])  # fmt: skip
+
+
 def bytes_of(examples: Sequence[Example]) -> int:
     """That their pixels take."""
     return sum(example.image_HW3.size for example in examples)

@@ -1,8 +1,10 @@
-"""A checkpoint that any world size loads: tensors by parameter name, plain files, committed as a whole.
+"""A checkpoint that any ZeRO stage, precision and world size loads: tensors by parameter name, plain files, committed
+as a whole.
 
     <run>/checkpoints/step-00001234/
-        weights.safetensors     fp32 weights and buffers, by name, tied ones once
-        optimizer.safetensors   exp_avg/<name>, exp_avg_sq/<name>: Adam's moments, float32, in the shape of the weight
+        weights.safetensors     fp32 weights and buffers, by name, tied ones once; of a run with an EMA, its weights
+        optimizer.safetensors   exp_avg/<name>, exp_avg_sq/<name>: Adam's moments, float32, in the shape of the weight;
+                                of a run with an EMA weight/<name> too, those that are trained
         state.json              step, Adam's step count, data state, learning rates, classes
         MANIFEST.json           size and sha256 of the three
 
@@ -11,49 +13,121 @@ Commit: everything is written to step-N.tmp and synced, the manifest last; then 
 the newest folder whose manifest verifies.
 """
 
+import contextlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from framework.engine.ds_config import loss_scaler
+from framework.engine.ema import Ema
 from framework.engine.ranks import Ranks
+from framework.engine.shares import (
+    MOMENTS,
+    adam_steps,
+    fixed_tensors,
+    gather,
+    load_moments,
+    named_tensors,
+    part_of,
+    shares_of,
+)
 from framework.errors import InputError, UsageError
 from framework.files import sha256_of, sync
 from framework.models.weights import WEIGHTS_FILE
 
 log = logging.getLogger("tenfold")
 
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter")
 OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE = "optimizer.safetensors", "state.json", "MANIFEST.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(run_dir: str | Path, engine: Any, state: dict[str, Any], *, ranks: Ranks, keep: int) -> Path:
-    """Write the checkpoint of state["step"]; collective. Keeps the newest `keep` and returns the folder.
+class Checkpoints:
+    """Those that one run writes; a thread of the main rank does it, while training goes on.
 
-    Raises InputError on every rank when the writing one fails; what was there before stays.
+    The tensors are in host memory by then. Where there is less memory left than they take, training waits.
+    keep: given the steps of the newest checkpoint and of all before it, the steps of those that stay; what claims to
+        be newer did not verify, or this run would be after it, and goes.
     """
-    tensors = _gather(engine, ranks)
-    folder = Path(run_dir) / "checkpoints" / f"step-{state['step']:08d}"
-    failure = None
-    if tensors is not None:
+
+    def __init__(self, run_dir: str | Path, ranks: Ranks, keep: Callable[[list[int]], set[int]]) -> None:
+        self.folder, self.ranks, self.keep = Path(run_dir) / "checkpoints", ranks, keep
+        self.failure: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._join()
+
+    def save(self, engine: Any, state: dict[str, Any], ema: Ema | None = None) -> None:
+        """Write the checkpoint of state["step"]. Collective.
+
+        Raises InputError on every rank when the last one could not be written; what was there before stays.
+        """
+        self.finish()
+        shares = shares_of(engine)
+        pieces = {"weight": [share.weight for share in shares]}
+        pieces |= {moment: [share.moments[moment] for share in shares] for moment in MOMENTS}
+        if ema is not None:
+            pieces["ema"] = ema.pieces
+            state = state | {"ema_updates": ema.updates}
+        if (scaler := loss_scaler(engine)) is not None:
+            state = state | {"loss_scale": {name: getattr(scaler, name) for name in SCALER_STATE}}
+        tensors = gather(engine, shares, pieces, self.ranks)
+        fixed = fixed_tensors(engine)
+        if not self.ranks.is_main:
+            return
+        state = state | {"adam_step": adam_steps(engine, shares)}
+        self._thread = threading.Thread(target=self._write, args=(state, tensors, fixed), name="checkpoint")
+        self._thread.start()
+        if _free_memory() < sum(tensor.nbytes for tensor in tensors.values()):
+            self._join()
+
+    def finish(self) -> None:
+        """Wait until what was saved is on the disk. Collective.
+
+        Raises InputError on every rank when it could not be written.
+        """
+        self._join()
+        failure = next((f for f in self.ranks.all_gather_objects(self.failure) if f), None)
+        if failure:
+            raise InputError(failure)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, state: dict[str, Any], tensors: dict[str, Tensor], fixed: dict[str, Tensor]) -> None:
+        folder, began = self.folder / f"step-{state['step']:08d}", time.perf_counter()
         try:
-            _write(folder, _full_weights(engine.module, tensors), tensors, state)
-            _drop_old(folder, keep)
-        except (OSError, SafetensorError) as error:
-            failure = f"checkpoint {folder} could not be written: {error}"
-    failure = next((f for f in ranks.all_gather_objects(failure) if f), None)
-    if failure:
-        raise InputError(failure)
-    return folder
+            _write(folder, tensors, fixed, state)
+            self._drop_old(folder)
+        except Exception as error:  # whatever it is: the run must not go on as if it were saved
+            self.failure = f"checkpoint {folder} could not be written: {type(error).__name__}: {error}"
+            log.error(self.failure)
+        else:
+            log.info("saved %s in %.2g s", folder, time.perf_counter() - began)
+
+    def _drop_old(self, saved: Path) -> None:
+        folders = _folders(self.folder)
+        older = [folder for folder in folders if folder.name <= saved.name]
+        kept = self.keep([_step_of(folder) for folder in older])
+        for folder in folders:
+            if folder != saved and (folder not in older or _step_of(folder) not in kept):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest(run_dir: str | Path) -> Path | None:
@@ -86,125 +160,47 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     return load_file(Path(folder) / WEIGHTS_FILE)
 
 
-def load(folder: str | Path, engine: Any) -> dict[str, Any]:
-    """Put weights, buffers and moments into the engine of this rank; returns the state.
+def load_weights(folder: str | Path, module: nn.Module) -> None:
+    """Put the weights that are trained, and the buffers, into a module that no engine has yet.
 
     Raises InputError: the checkpoint is of another model; names what differs. Nothing is changed then.
     """
-    weights, state = read_weights(folder), read_state(folder)
-    own = _named_tensors(engine.module)
+    weights, own = read_weights(folder), named_tensors(module)
     _refuse_misfits(folder, own, weights)
     with torch.no_grad(), safe_open(Path(folder) / OPTIMIZER_FILE, framework="pt") as optimizer_file:
+        trained = set(optimizer_file.keys())
         for name, tensor in own.items():
-            tensor.copy_(weights[name])
-        for share in _shares(engine):
-            part = slice(share.start, share.start + share.numel)
-            share.master.copy_(weights[share.name].flatten()[part])
-            for moment, view in share.moments.items():
-                view.copy_(optimizer_file.get_tensor(f"{moment}/{share.name}").flatten()[part])
-            share.adam_state["step"] = _like(share.adam_state["step"], state["adam_step"])
-    for group in engine.optimizer.param_groups:
-        if "step" in group:  # where DeepSpeed's and apex's FusedAdam count
-            group["step"] = int(state["adam_step"])
+            averaged = f"weight/{name}" in trained
+            tensor.copy_(optimizer_file.get_tensor(f"weight/{name}") if averaged else weights[name])
+
+
+def load_optimizer(folder: str | Path, engine: Any, ema: Ema | None = None) -> dict[str, Any]:
+    """Put the moments, and the EMA, into this rank's share of an engine; returns the state.
+
+    An EMA that the checkpoint does not have begins with its weights.
+    """
+    state = read_state(folder)
+    with torch.no_grad(), safe_open(Path(folder) / OPTIMIZER_FILE, framework="pt") as optimizer_file:
+        load_moments(engine, shares_of(engine), optimizer_file.get_tensor, state["adam_step"])
+    if (scaler := loss_scaler(engine)) is not None:
+        vars(scaler).update(state.get("loss_scale", {}))
+    if ema is not None and "ema_updates" in state:
+        averages, ema.updates = read_weights(folder), state["ema_updates"]
+        for share, piece in zip(ema.shares, ema.pieces, strict=True):
+            piece.copy_(part_of(averages[share.name], share))
     return state
 
 
-@dataclass
-class _Share:
-    """The part of one parameter whose optimizer state lives on this rank: `numel` numbers from `start` on."""
-
-    name: str
-    start: int
-    numel: int
-    master: Tensor  # flat view, float32
-    moments: dict[str, Tensor]  # flat views, float32
-    adam_state: dict[str, Any]
-
-
-def _shares(engine: Any) -> Iterator[_Share]:
-    """ZeRO 0 holds whole parameters; ZeRO 1 and 2 one flat partition a group, of which a parameter is a fragment.
-
-    Uses DeepSpeed's private `_hp_mapping` and `single_partition_of_fp32_groups`: the version is pinned for that.
-    """
-    partitions = getattr(engine.optimizer, "single_partition_of_fp32_groups", None)
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if partitions is None:
-            adam = _adam_state(engine.optimizer, parameter)
-            moments = {m: adam[m].view(-1) for m in MOMENTS}
-            yield _Share(name, 0, parameter.numel(), parameter.data.view(-1), moments, adam)
-        elif parameter._hp_mapping is not None:
-            mapping = parameter._hp_mapping
-            adam = _adam_state(engine.optimizer.optimizer, partitions[mapping.param_group_index])
-            there = mapping.hp_fragment_address
-            moments = {m: adam[m].narrow(0, there.start, there.numel) for m in MOMENTS}
-            start = mapping.lp_fragment_address.start
-            yield _Share(name, start, there.numel, mapping.hp_fragment.data, moments, adam)
-
-
-def _adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """Adam's state of a parameter, created where no step was taken yet; torch counts in a tensor, others in an int."""
-    adam = optimizer.state[parameter]
-    for moment in MOMENTS:
-        if moment not in adam:
-            adam[moment] = torch.zeros_like(parameter, dtype=torch.float32)
-    if "step" not in adam:
-        own = isinstance(optimizer, torch.optim.AdamW)
-        adam["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device) if own else 0
-    return adam
-
-
-def _like(current: Any, value: float) -> Any:
-    return torch.full_like(current, value) if isinstance(current, Tensor) else type(current)(value)
-
-
-def _gather(engine: Any, ranks: Ranks) -> dict[str, Tensor] | None:
-    """master/<name>, exp_avg/<name>, exp_avg_sq/<name> on the main rank, None elsewhere; and adam_step there."""
-    shapes = {n: p.shape for n, p in engine.module.named_parameters() if p.requires_grad}
-    starts, total = {}, 0
-    for name, shape in shapes.items():
-        starts[name] = total
-        total += shape.numel()
-    shares = list(_shares(engine))
-    replicated = not hasattr(engine.optimizer, "single_partition_of_fp32_groups")
-    contributed = [] if replicated and not ranks.is_main else shares
-    tensors: dict[str, Tensor] = {}
-    for kind in ("master", *MOMENTS):
-        flat = torch.zeros(total, dtype=torch.float32, device=ranks.device)
-        for share in contributed:
-            source = share.master if kind == "master" else share.moments[kind]
-            flat[starts[share.name] + share.start :][: share.numel].copy_(source)
-        flat = ranks.sum(flat).cpu()
-        if ranks.is_main:
-            tensors |= {f"{kind}/{n}": flat[starts[n] :][: s.numel()].view(s) for n, s in shapes.items()}
-    if not ranks.is_main:
-        return None
-    counted = [group["step"] for group in engine.optimizer.param_groups if "step" in group]
-    tensors["adam_step"] = torch.as_tensor(float(max(counted, default=shares[0].adam_state["step"])))
-    return tensors
-
-
-def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
-    return {name: p.data for name, p in module.named_parameters()} | dict(module.named_buffers())
-
-
-def _full_weights(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensors.get(f"master/{name}", tensor.detach().float().cpu()).contiguous()
-        for name, tensor in _named_tensors(module).items()
-    }
-
-
-def _write(folder: Path, weights: dict[str, Tensor], tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _write(folder: Path, tensors: dict[str, Tensor], fixed: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """tensors: by kind and name; see `Checkpoints.save`."""
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    moments = {name: tensor.contiguous() for name, tensor in tensors.items() if name.startswith(MOMENTS)}
-    save_file(weights, temporary / WEIGHTS_FILE)
-    save_file(moments, temporary / OPTIMIZER_FILE)
-    state = state | {"adam_step": tensors["adam_step"].item()}
+    shown, kept = ("ema", ("weight", *MOMENTS)) if "ema_updates" in state else ("weight", MOMENTS)
+    weights = {name.removeprefix(f"{shown}/"): t for name, t in tensors.items() if name.startswith(f"{shown}/")}
+    save_file({name: tensor.contiguous() for name, tensor in (weights | fixed).items()}, temporary / WEIGHTS_FILE)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items() if name.split("/")[0] in kept},
+              temporary / OPTIMIZER_FILE)  # fmt: skip
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
     files = {}
     for name in (WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE):
@@ -218,18 +214,23 @@ def _write(folder: Path, weights: dict[str, Tensor], tensors: dict[str, Tensor],
     sync(folder.parent)
 
 
-def _drop_old(saved: Path, keep: int) -> None:
-    """Keep `saved` and the newest before it; what claims to be newer did not verify, or this run would be after it."""
-    folders = _folders(saved.parent)
-    mine = folders.index(saved)
-    for folder in folders[:mine] + folders[mine + keep :]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _folders(parent: Path) -> list[Path]:
     """Committed checkpoints, newest first."""
     found = [p for p in parent.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
     return sorted(found, key=lambda p: p.name, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _free_memory() -> float:
+    """Bytes that the machine can still give, infinite where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    return float("inf")
 
 
 def _verified(run_dir: str | Path) -> Iterator[Path]:

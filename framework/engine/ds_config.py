@@ -10,30 +10,44 @@ from torch import nn
 
 from framework.errors import UsageError
 
+BUCKET = 1 << 24  # gradients reduced at once, and room for as many: DeepSpeed's default holds 2 GB
+
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """zero_stage: 0 (replicated), 1 (moments sharded), 2 (gradients too).
+    """zero_stage: 0 (replicated), 1 (moments sharded), 2 (gradients too), 3 (weights too).
 
-    precision auto: bf16 where the device is good at it, else fp32.
+    precision auto: bf16 where the device is good at it, else fp32. fp16: GPUs only; the loss is scaled so that
+        gradients neither vanish nor overflow: by 2^16 first, half when they overflow, twice after 2000 steps without.
     activation_checkpointing: keep only the inputs of transformer layers, compute the rest again in backward.
-    offload_optimizer: moments and fp32 weights in host memory (GPUs only).
+    offload_optimizer: moments and a copy of the fp32 weights in host memory, Adam there too.
+    secondary_partition, quantized_weights, quantized_gradients: ZeRO++ (Wang et al. 2023), for stage 3 over several
+        nodes: a second copy of the weights shared among so many neighbouring ranks (GPUs of a node), so that backward
+        does not gather over the network (1: none); weights gathered as int8; gradients reduced as int4.
     """
 
     zero_stage: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     activation_checkpointing: bool = False
     offload_optimizer: bool = False
+    secondary_partition: int = 1
+    quantized_weights: bool = False
+    quantized_gradients: bool = False
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2):
-            raise UsageError(f"engine.zero_stage: found {self.zero_stage}, expected 0, 1 or 2")
-        if self.precision == "fp16":
-            # DeepSpeed 0.19.8 under torch_autocast clips gradients that are still scaled, and never lowers the scale.
-            raise UsageError(
-                "engine.precision: found fp16, whose loss scaling DeepSpeed gets wrong here; set bf16 or fp32"
-            )
-        if self.zero_stage == 0 and self.precision == "bf16":
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise UsageError(f"engine.zero_stage: found {self.zero_stage}, expected 0, 1, 2 or 3")
+        if self.secondary_partition < 1:
+            raise UsageError(f"engine.secondary_partition: found {self.secondary_partition}, expected ranks, or 1 for "
+                             "none")  # fmt: skip
+        for key in ("secondary_partition", "quantized_weights", "quantized_gradients"):
+            if self.zero_stage != 3 and getattr(self, key) > 1 - (key != "secondary_partition"):
+                raise UsageError(f"engine.{key}, engine.zero_stage: found {getattr(self, key)} and {self.zero_stage}; "
+                                 "ZeRO++ is for stage 3")  # fmt: skip
+        if self.quantized_weights and self.precision != "fp32":
+            raise UsageError(f"engine.quantized_weights, engine.precision: found true and {self.precision}; DeepSpeed "
+                             "quantizes weights of one precision only: set engine.precision=fp32")  # fmt: skip
+        if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
             raise UsageError(
                 f"engine.zero_stage, engine.precision: found 0 and {self.precision}; DeepSpeed keeps fp32 weights "
                 "beside a lower precision from stage 1 on: set engine.zero_stage=1"
@@ -46,7 +60,9 @@ def precision_for(config: EngineConfig, device: torch.device) -> torch.dtype:
     """The dtype of matrix products."""
     if config.precision == "auto":
         return torch.bfloat16 if _good_at_bf16(device) and config.zero_stage > 0 else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    if config.precision == "fp16" and device.type != "cuda":
+        raise UsageError("engine.precision: found fp16 on a machine without GPU; set bf16 or fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
 
 
 def _good_at_bf16(device: torch.device) -> bool:
@@ -68,11 +84,23 @@ def deepspeed_config(
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for deepspeed.initialize. The optimizer is ours, the schedule too."""
     dtype = precision_for(config, device)
-    if config.offload_optimizer and device.type != "cuda":
-        raise UsageError("engine.offload_optimizer: found true on a machine without GPU; set it to false")
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    on_gpu = device.type == "cuda"
+    for key in ("quantized_weights", "quantized_gradients"):
+        if getattr(config, key) and not on_gpu:
+            raise UsageError(f"engine.{key}: found true on a machine without GPU; set it to false")
+    world = global_batch // (micro_batch * accumulation)
+    if world % config.secondary_partition:
+        raise UsageError(f"engine.secondary_partition: found {config.secondary_partition} with {world} processes; "
+                         "expected a number that divides them, the GPUs of a node")  # fmt: skip
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": BUCKET}
     if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if config.zero_stage == 3:  # with stage3_max_reuse_distance=0, which would keep less, losses come out wrong
+        zero |= {
+            "zero_hpz_partition_size": config.secondary_partition,
+            "zero_quantized_weights": config.quantized_weights,
+            "zero_quantized_gradients": config.quantized_gradients,
+        }
     return {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -93,8 +121,40 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: 
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)  # of a step that is skipped, and of what ZeRO 3 cannot see, we say more
     # Of DeepSpeed's own calls into torch; nothing that a user of ours could change.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    if ds_config["zero_optimization"]["stage"] == 0:
+        skip_where_told(engine.optimizer)
+    elif ds_config["torch_autocast"] == {"enabled": True, "dtype": "float16"}:
+        scale_losses(engine.optimizer)
     return engine
+
+
+def skip_where_told(optimizer: Any) -> None:
+    """Without ZeRO DeepSpeed takes every step: this one is not taken where `optimizer.overflow` is true."""
+    step, optimizer.overflow = optimizer.step, False
+
+    def step_unless_told(*args: Any, **kwargs: Any) -> Any:
+        return None if optimizer.overflow else step(*args, **kwargs)
+
+    optimizer.step = step_unless_told
+
+
+def loss_scaler(engine: Any) -> Any | None:
+    """What scales the loss in fp16; None in other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if scaler is not None and scaler.dynamic else None
+
+
+def scale_losses(zero: Any) -> None:
+    """Let ZeRO's own dynamic scaler do it: torch's, which torch_autocast brings for fp16, is unscaled after gradients
+    are clipped, and never learns of an overflow (DeepSpeed 0.19.8)."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    zero.torch_autocast_gradscaler = None
+    zero.loss_scaler, zero.dynamic_loss_scale = DynamicLossScaler(
+        init_scale=2.0**16, scale_window=2000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,
+    ), True  # fmt: skip

@@ -27,6 +27,7 @@ log = logging.getLogger("tenfold")
 SAVED, HUNG = 85, 86  # exit codes
 # SLURM warns by USR2 as asked, and ends a job by CONT and TERM.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGCONT)
+NOT_SAVED = 1000  # in the place of a signal's number
 LOOKS = 20  # without a sign of life between them: hung; by their number, since a process that is suspended has no time
 
 MOST_GRACE_S = 60.0
@@ -83,18 +84,21 @@ class Lifecycle:
         """A sign of life from what reports progress."""
         self.alive()
 
-    def ask(self) -> None:
-        """Before a step: begin to tell the others. Collective."""
-        self._flag.fill_(self.signal)
+    def ask(self, not_saved: bool = False) -> None:
+        """Before a step: begin to tell the others; also that a checkpoint could not be written. Collective."""
+        self._flag.fill_(NOT_SAVED if not_saved else self.signal)
         if self.ranks.world > 1:
             self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def told_to_stop(self) -> str | None:
-        """After the step: the name of the signal that any rank had got when it was asked, the same on all."""
+        """After the step: the name of the signal that any rank had got when it was asked, or what else stops the run;
+        the same on all."""
         self.alive()
         if self._work is not None:
             self._work.wait()
         number = int(self._flag.item())
+        if number == NOT_SAVED:
+            return "a checkpoint that could not be written"
         return signal.Signals(number).name if number else None
 
     def _watch(self, ended: threading.Event) -> None:

@@ -8,45 +8,68 @@ import torch
 from torch import Tensor
 
 from framework.data.batch import Batch
+from framework.engine.guard import Guard
 from framework.engine.ranks import Ranks
 from framework.errors import InputError
 from framework.losses.criterion import Criterion
 from framework.losses.matcher import TooManyBoxes
+from framework.models.detector import Predictions
 
 
 def train_step(
-    engine: Any, criterion: Criterion, micro_batches: list[Batch], *, ranks: Ranks, seed: int, step: int
+    engine: Any, criterion: Criterion, micro_batches: list[Batch], *, ranks: Ranks, seed: int, step: int, guard: Guard
 ) -> dict[str, Tensor]:
     """Returns this rank's means over its micro-batches: loss/total, loss/<term>; and the gradient norm of all.
 
     What is random draws from (seed, step, micro-batch), and losses are divided by the boxes of the global batch:
-    the same step in any world. Raises InputError with the image ids when the assignment meets numbers that are
-    not finite, or more boxes than queries.
+    the same step in any world. A step whose loss or gradient is not finite on any rank is skipped on all, and returns
+    nothing; the guard decides whether the run goes on. Raises InputError with the image ids when an image has more
+    boxes than there are queries.
     """
     num_boxes = boxes_per_micro_batch(micro_batches, ranks)
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=ranks.device))
+    totals = []
     for i, batch in enumerate(micro_batches):
         torch.manual_seed(draw_seed(seed, step, ranks.rank * len(micro_batches) + i))
         predictions = engine(*batch.inputs(ranks.device))
         try:
             losses = criterion(predictions, batch.targets.to(ranks.device), num_boxes)
-        except (FloatingPointError, TooManyBoxes) as error:
-            raise InputError(f"step {step}: {error}; image ids of the batch: {batch.image_ids}") from error
-        total = criterion.total(losses)
-        engine.backward(total)
+            total = criterion.total(losses)
+        except FloatingPointError:  # nothing can be assigned; the others wait for this rank's gradients
+            losses, total = {}, no_number(predictions)
+        except TooManyBoxes as error:
+            raise InputError(f"step {step + 1}: {error}; image ids of the batch: {batch.image_ids}") from error
+        totals.append(total.detach())
+        engine.backward(guard.unless_it_jumps(total))
         norm = replicated_gradient_norm(engine)
         engine.step()  # updates the weights after the last micro-batch of the step, and only then
         for name, loss in {"total": total, **losses}.items():
             sums[f"loss/{name}"] += loss.detach() / len(micro_batches)
+    if not engine.was_step_applied():
+        guard.skipped(step + 1, totals, [batch.image_ids for batch in micro_batches], engine)
+        return {}
+    guard.applied(sums["loss/total"])
     sums["grad_norm"] = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm, device=ranks.device)
     return dict(sums)
 
 
+def no_number(predictions: Predictions) -> Tensor:
+    """A loss that is NaN and reaches every weight that the real one would have reached."""
+    reached = [predictions.logits_KBQC.sum(), predictions.boxes_KBQ4.sum()]
+    if predictions.proposals is not None:
+        reached += [predictions.proposals.logits_KBQC.sum(), predictions.proposals.boxes_KBQ4.sum()]
+    return torch.stack(reached).sum() * torch.nan
+
+
 def replicated_gradient_norm(engine: Any) -> Tensor | None:
-    """The norm before clipping under ZeRO 0, where DeepSpeed does not keep it; None where it does."""
+    """Under ZeRO 0 the norm before clipping, where DeepSpeed neither keeps it nor minds what it is; None above."""
     if engine.zero_optimization_stage() > 0:
         return None
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    if not engine.is_gradient_accumulation_boundary():
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.optimizer.overflow = not norm.isfinite().item()
+    return norm
 
 
 def boxes_per_micro_batch(micro_batches: list[Batch], ranks: Ranks) -> Tensor:

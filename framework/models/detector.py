@@ -84,7 +84,7 @@ class Detector(nn.Module):
             padding = nn.functional.interpolate(padding_BHW[:, None].float(), size=shape_hw)[:, 0].bool()
             position = sine_position(padding, self.width, offset=self.position_offset)
             if self.level_codes is not None:
-                position = position + self.level_codes.weight[level]
+                position = position + self.level_codes(level)
             shapes_hw.append(shape_hw)
             paddings.append(padding.flatten(1))
             positions.append(position.flatten(1, 2))
@@ -101,3 +101,6 @@ class LevelCodes(nn.Module):
     def __init__(self, num_levels: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_levels, width))
+
+    def forward(self, level: int) -> Tensor:
+        return self.weight[level]

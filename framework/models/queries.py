@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.models.attention import Pyramid
+from framework.models.linear import Float32Linear
 from framework.models.position import sine_box_code
 
 
@@ -38,7 +39,7 @@ class LearnedEmbeddings(nn.Module):
         self.position = nn.Embedding(num_queries, width)
 
     def forward(self, tokens_BSD: Tensor, pyramid: Pyramid) -> QueryState:
-        position_BQD = self.position.weight.expand(len(tokens_BSD), -1, -1)
+        position_BQD = every_row(self.position).expand(len(tokens_BSD), -1, -1)
         return QueryState(torch.zeros_like(position_BQD), position_BQD, position_BQD[..., :0].float())
 
 
@@ -48,16 +49,20 @@ class LearnedPoints(nn.Module):
     def __init__(self, num_queries: int, width: int):
         super().__init__()
         self.embedding = nn.Embedding(num_queries, 2 * width)
-        self.reference_points = nn.Linear(width, 2)
+        self.reference_points = Float32Linear(width, 2)
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, tokens_BSD: Tensor, pyramid: Pyramid) -> QueryState:
-        position_QD, content_QD = self.embedding.weight.chunk(2, dim=-1)
-        with torch.autocast(position_QD.device.type, enabled=False):
-            points_Q2 = self.reference_points(position_QD).sigmoid()
+        position_QD, content_QD = every_row(self.embedding).chunk(2, dim=-1)
+        points_Q2 = self.reference_points(position_QD).sigmoid()
         batch = len(tokens_BSD)
         return QueryState(*(x.expand(batch, -1, -1) for x in (content_QD, position_QD, points_Q2)))
+
+
+def every_row(embedding: nn.Embedding) -> Tensor:
+    """Its weight, by a lookup: under ZeRO 3 a weight is there only while its module computes."""
+    return embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
 
 
 class EncoderProposals(nn.Module):

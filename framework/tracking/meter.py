@@ -46,10 +46,10 @@ class Meter:
             yield item
 
     def add(self, metrics: dict[str, Tensor], micro_batches: list[Batch]) -> None:
-        """Metrics of one step on this rank, and what it was made of."""
+        """Metrics of one step on this rank, none if it was skipped, and what it was made of."""
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-        self.steps += 1
+        self.steps += bool(metrics)
         self.images += sum(int(batch.targets.valid_B.sum()) for batch in micro_batches)
         self.bad_here.update(message for batch in micro_batches for message in batch.bad)
 
@@ -65,7 +65,7 @@ class Meter:
         names = list(self.sums)
         waited = self.waited_s / max(time.perf_counter() - self.started, 1e-9)
         others = torch.tensor([waited, float(self.images), float(len(self.bad_here))], device=self.ranks.device)
-        summed = self.ranks.sum(torch.cat([torch.stack([self.sums[n] for n in names]), others]))
+        summed = self.ranks.sum(torch.cat([*(self.sums[n].view(1) for n in names), others]))
         *means, waited, images, newly_bad = summed.tolist()
         values = {name: mean / (self.steps * self.ranks.world) for name, mean in zip(names, means, strict=True)}
         # After the sum, which waits for the device: the time the steps really took.

@@ -11,9 +11,12 @@ from torch import nn
 from data_tools.sample import read_manifest
 from framework.data.loader import DataConfig, TrainLoader
 from framework.engine import checkpoint
+from framework.engine.checkpoint import Checkpoints
 from framework.engine.ds_config import EngineConfig, deepspeed_config, start_engine
+from framework.engine.ema import Ema
 from framework.engine.optimizer import OptimConfig, build_optimizer, learning_rates, set_learning_rates
 from framework.engine.ranks import Ranks
+from framework.engine.shares import gather, shares_of
 from framework.errors import InputError, UsageError
 from tests.data.shards import make_sample, write_shards
 from tests.distributed import run_ranks
@@ -22,28 +25,38 @@ GLOBAL_BATCH = 8
 
 
 class Model(nn.Module):
-    """All three parameter groups, a tied layer, a buffer; sizes that no world divides."""
+    """All three parameter groups, a tied layer, one that is not trained, a buffer; sizes that no world divides."""
 
     def __init__(self, width: int = 13):
         super().__init__()
         self.backbone = nn.Linear(7, width)
         self.reference_points = nn.Linear(width, 5)
         self.heads = nn.ModuleList([nn.Linear(5, 3)] * 2)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
         self.register_buffer("scale", torch.full((3,), 1.5))
 
     def forward(self, x):
         hidden = self.reference_points(self.backbone(x).relu())
-        return sum(head(hidden) for head in self.heads) * self.scale
+        return self.frozen(sum(head(hidden) for head in self.heads)) * self.scale
 
 
-def engine_of(ranks: Ranks, stage: int, width: int = 13):
-    torch.manual_seed(0)
-    model, optim = Model(width), OptimConfig(lr=1e-2)
-    micro = 2
+def engine_of(ranks: Ranks, stage: int, folder: Path | None = None, **changes):
+    """Of weights that the seed, or a checkpoint, gives."""
+    torch.manual_seed(0 if folder is None else 1)
+    model, optim = Model(), OptimConfig(lr=1e-2)
+    if folder is not None:
+        checkpoint.load_weights(folder, model)
+    micro, config = 2, EngineConfig(zero_stage=stage, precision="fp32", **changes)
     return start_engine(model, build_optimizer(model, optim, ranks.device), deepspeed_config(
-        EngineConfig(zero_stage=stage, precision="fp32"), device=ranks.device, global_batch=GLOBAL_BATCH,
-        micro_batch=micro, accumulation=GLOBAL_BATCH // micro // ranks.world, clip_norm=0.1,
+        config, device=ranks.device, global_batch=GLOBAL_BATCH, micro_batch=micro,
+        accumulation=GLOBAL_BATCH // micro // ranks.world, clip_norm=0.1,
     ))  # fmt: skip
+
+
+def save(engine, run_dir: Path, step: int, ranks: Ranks, ema: Ema | None = None, keep: int = 2) -> None:
+    with Checkpoints(run_dir, ranks, lambda steps: set(steps[:keep])) as checkpoints:
+        checkpoints.save(engine, {"step": step}, ema)
+        checkpoints.finish()
 
 
 def train(engine, ranks: Ranks, steps: range) -> list[float]:
@@ -64,23 +77,22 @@ def train(engine, ranks: Ranks, steps: range) -> list[float]:
     return losses
 
 
-def uninterrupted(ranks: Ranks, stage: int) -> list[float]:
-    return train(engine_of(ranks, stage), ranks, range(6))
-
-
-def first_half(ranks: Ranks, stage: int, run_dir: Path) -> list[float]:
-    engine = engine_of(ranks, stage)
+def first_half(ranks: Ranks, stage: int, run_dir: Path, **changes) -> list[float]:
+    engine = engine_of(ranks, stage, **changes)
     losses = train(engine, ranks, range(3))
-    checkpoint.save(run_dir, engine, {"step": 3}, ranks=ranks, keep=2)
+    save(engine, run_dir, 3, ranks)
     return losses + train(engine, ranks, range(3, 6))
 
 
-def second_half(ranks: Ranks, stage: int, run_dir: Path) -> list[float]:
-    engine = engine_of(ranks, stage)
+def second_half(ranks: Ranks, stage: int, run_dir: Path, **changes) -> list[float]:
     folder = checkpoint.newest_on_all(run_dir, ranks)
     assert folder is not None
-    assert checkpoint.load(folder, engine)["step"] == 3
+    engine = engine_of(ranks, stage, folder, **changes)
+    assert checkpoint.load_optimizer(folder, engine)["step"] == 3
     return train(engine, ranks, range(3, 6))
+
+
+STAGES = (0, 1, 2, 3)
 
 
 def save_and_resume(ranks: Ranks, run_dir: Path) -> dict[int, tuple[list[float], list[float]]]:
@@ -89,12 +101,12 @@ def save_and_resume(ranks: Ranks, run_dir: Path) -> dict[int, tuple[list[float],
             first_half(ranks, stage, run_dir / f"{stage}"),
             second_half(ranks, stage, run_dir / f"{stage}"),
         )
-        for stage in (0, 1, 2)
+        for stage in STAGES
     }
 
 
 def resume_at_other_stages(ranks: Ranks, run_dir: Path) -> dict[int, list[float]]:
-    return {stage: second_half(ranks, (stage + 1) % 3, run_dir / f"{stage}") for stage in (0, 1, 2)}
+    return {stage: second_half(ranks, STAGES[stage - 1], run_dir / f"{stage}") for stage in STAGES}
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -102,12 +114,27 @@ def test_resume_is_exact_in_the_same_world_and_close_in_another(world, tmp_path)
     for per_stage in run_ranks(world, save_and_resume, tmp_path):
         for whole, resumed in per_stage.values():
             assert whole[3:] == resumed
-        for stage in (1, 2):
+        for stage in STAGES:
             assert per_stage[stage][0] == pytest.approx(per_stage[0][0], rel=1e-6)
     # What two ranks wrote one reads, and the other way round, at another stage.
     for others in run_ranks(3 - world, resume_at_other_stages, tmp_path):
         for stage, losses in others.items():
             assert losses == pytest.approx(per_stage[stage][1], rel=1e-5)
+
+
+def with_other_keys(ranks: Ranks, run_dir: Path) -> list[list[float]]:
+    plain = first_half(ranks, 1, run_dir)
+    return [plain[3:], second_half(ranks, 3, run_dir, secondary_partition=2), plain,
+            *(first_half(ranks, stage, run_dir / f"{stage}", offload_optimizer=True) for stage in (1, 3)),
+            *(second_half(ranks, stage, run_dir / f"{stage}", offload_optimizer=True) for stage in (3, 1))]  # fmt: skip
+
+
+def test_a_secondary_partition_and_an_optimizer_in_host_memory_change_nothing(tmp_path):
+    """On the CPU host memory is what everything is in: the code runs, and what it is for does not come about."""
+    for losses, secondary, whole, *offloaded in run_ranks(2, with_other_keys, tmp_path):
+        assert secondary == pytest.approx(losses, rel=1e-6)
+        for others in offloaded:
+            assert others == pytest.approx(whole[-len(others) :], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +149,7 @@ def save_two(ranks: Ranks, run_dir: Path) -> None:
     engine = engine_of(ranks, 1)
     for step in (1, 2, 3):
         train(engine, ranks, range(step - 1, step))
-        checkpoint.save(run_dir, engine, {"step": step}, ranks=ranks, keep=2)
+        save(engine, run_dir, step, ranks)
 
 
 @pytest.fixture
@@ -169,51 +196,96 @@ def test_no_checkpoint_at_all(tmp_path):
     assert checkpoint.newest(tmp_path) is None
 
 
-def load_into_another(ranks: Ranks, run_dir: Path) -> str:
-    engine = engine_of(ranks, 1, width=11)
-    before = engine.module.backbone.weight.clone()
-    with pytest.raises(InputError) as error:
-        checkpoint.load(checkpoint.newest(run_dir), engine)
-    assert torch.equal(before, engine.module.backbone.weight)
-    return str(error.value)
-
-
 def test_another_model_is_refused_by_name(saved):
-    message = run_ranks(1, load_into_another, saved)[0]
-    assert "a checkpoint of another model" in message
-    assert "backbone.weight: found [13, 7], expected [11, 7]" in message
+    model = Model(width=11)
+    before = model.backbone.weight.clone()
+    with pytest.raises(InputError) as error:
+        checkpoint.load_weights(checkpoint.newest(saved), model)
+    assert torch.equal(before, model.backbone.weight)
+    assert "a checkpoint of another model" in str(error.value)
+    assert "backbone.weight: found [13, 7], expected [11, 7]" in str(error.value)
 
 
 def test_files_hold_names_and_no_pickle(saved):
     folder = checkpoint.newest(saved)
     weights = checkpoint.read_weights(folder)
     assert set(weights) == {f"{layer}.{kind}" for layer in ("backbone", "reference_points", "heads.0")
-                            for kind in ("weight", "bias")} | {"scale"}  # fmt: skip
+                            for kind in ("weight", "bias")} | {"scale", "frozen.weight", "frozen.bias"}  # fmt: skip
     assert json.loads((folder / "state.json").read_text())["adam_step"] == 3
     assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
 
 
-def write_into_a_file(ranks: Ranks, run_dir: Path) -> list[str]:
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (run_dir / "checkpoints/step-00000001.tmp").write_text("in the way of a folder")
-    with pytest.raises(InputError) as error:
-        checkpoint.save(run_dir, engine_of(ranks, 1), {"step": 1}, ranks=ranks, keep=1)
-    return [str(error.value)]
+def write_into_a_file(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
+    engine = engine_of(ranks, 1)
+    with Checkpoints(run_dir, ranks, set) as checkpoints:
+        checkpoints.save(engine, {"step": 1})
+        train(engine, ranks, range(1))
+        with pytest.raises(InputError) as error:
+            checkpoints.save(engine, {"step": 2})
+    return str(error.value), checkpoints.failure is not None
 
 
-def test_a_failed_write_is_an_error_on_every_rank(tmp_path):
+def test_a_failed_write_is_an_error_on_every_rank_at_the_next_save(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    assert all("could not be written" in message for [message] in run_ranks(2, write_into_a_file, tmp_path))
+    (tmp_path / "checkpoints/step-00000001.tmp").write_text("in the way of a folder")
+    told = run_ranks(2, write_into_a_file, tmp_path)
+    assert all("step-00000001 could not be written: FileExistsError" in message for message, _ in told)
+    assert [failed for _, failed in told] == [True, False]  # so the main one can tell the others before
 
 
 def save_step_four(ranks: Ranks, run_dir: Path) -> None:
-    checkpoint.save(run_dir, engine_of(ranks, 1), {"step": 4}, ranks=ranks, keep=1)
+    save(engine_of(ranks, 1), run_dir, 4, ranks, keep=1)
 
 
 def test_what_was_just_saved_is_kept_beside_a_broken_newer_one(run_dir):
     (run_dir / "checkpoints/step-00000009").mkdir()
     run_ranks(1, save_step_four, run_dir)
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def averages(ranks: Ranks, stage: int, run_dir: Path) -> list[dict[str, torch.Tensor]]:
+    """After four steps: what the EMA should be, what it is, and what it is in a run that went on after the second;
+    after the second: what it should be, and the weights that were saved."""
+
+    def whole(engine, pieces):
+        return gather(engine, shares_of(engine), {"": pieces}, ranks, everywhere=True)
+
+    def go_on(engine, ema, steps):
+        for step in steps:
+            train(engine, ranks, range(step, step + 1))
+            ema.update()
+            yield whole(engine, [share.weight for share in ema.shares])
+
+    engine = engine_of(ranks, stage)
+    ema, history = Ema(engine, 0.25), []
+    expected = whole(engine, ema.pieces)
+    for number, weights in enumerate(go_on(engine, ema, range(4)), start=1):
+        decay = min(0.25, (1 + number) / (10 + number))
+        expected = {name: decay * old + (1 - decay) * weights[name] for name, old in expected.items()}
+        history.append(expected)
+        if number == 2:
+            save(engine, run_dir, 2, ranks, ema)
+    folder = checkpoint.newest(run_dir)
+    other = engine_of(ranks, STAGES[stage - 1], folder)
+    again = Ema(other, 0.25)
+    checkpoint.load_optimizer(folder, other, again)
+    list(go_on(other, again, range(2, 4)))
+    saved = {f"/{name}": tensor for name, tensor in checkpoint.read_weights(folder).items()}
+    return [history[3], whole(engine, ema.pieces), whole(other, again.pieces), history[1], saved]
+
+
+def averages_of_stages(ranks: Ranks, run_dir: Path) -> list[list[dict[str, torch.Tensor]]]:
+    return [averages(ranks, stage, run_dir / f"{stage}") for stage in STAGES]
+
+
+def test_the_average_is_what_it_says_and_goes_on_in_another_stage(tmp_path):
+    for per_stage in run_ranks(2, averages_of_stages, tmp_path):
+        for expected, there, resumed, expected_then, saved in per_stage:
+            for name, tensor in expected.items():
+                assert torch.allclose(there[name], tensor, atol=1e-6) and torch.allclose(
+                    resumed[name], tensor, atol=1e-6
+                )
+                assert torch.allclose(saved[name], expected_then[name], atol=1e-6)
 
 
 def seen_by_different_ranks(ranks: Ranks, run_dir: Path, empty: Path, sets: list[Path]) -> tuple[str, str]:

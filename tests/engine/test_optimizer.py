@@ -73,8 +73,15 @@ def test_apex_is_asked_for_where_it_is_not(monkeypatch):
     "changes, message",
     [
         (dict(zero_stage=0, precision="bf16"), "engine.zero_stage, engine.precision: found 0 and bf16"),
-        (dict(precision="fp16"), "engine.precision: found fp16, whose loss scaling"),
+        (dict(zero_stage=0, precision="fp16"), "engine.zero_stage, engine.precision: found 0 and fp16"),
         (dict(zero_stage=7), "engine.zero_stage: found 7"),
+        (dict(secondary_partition=0), "engine.secondary_partition: found 0"),
+        (dict(secondary_partition=2), "engine.secondary_partition, engine.zero_stage: found 2 and 1"),
+        (
+            dict(zero_stage=2, quantized_gradients=True),
+            "engine.quantized_gradients, engine.zero_stage: found True and 2",
+        ),
+        (dict(zero_stage=3, quantized_weights=True), "engine.quantized_weights, engine.precision: found true and auto"),
         (dict(zero_stage=0, offload_optimizer=True), "engine.zero_stage, engine.offload_optimizer"),
     ],
 )
@@ -84,9 +91,13 @@ def test_refused_engines(changes, message):
 
 
 def test_refused_on_the_cpu():
-    with pytest.raises(UsageError, match="engine.offload_optimizer: found true on a machine without GPU"):
-        deepspeed_config(EngineConfig(offload_optimizer=True), device=CPU, global_batch=4, micro_batch=1,
-                         accumulation=4, clip_norm=1.0)  # fmt: skip
+    for config, message in (
+        (EngineConfig(precision="fp16"), "engine.precision: found fp16 on a machine without GPU"),
+        (EngineConfig(zero_stage=3, quantized_gradients=True), "engine.quantized_gradients: found true on a machine"),
+        (EngineConfig(zero_stage=3, secondary_partition=3), "engine.secondary_partition: found 3 with 4 processes"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            deepspeed_config(config, device=CPU, global_batch=8, micro_batch=1, accumulation=2, clip_norm=1.0)
 
 
 def test_an_adam_that_cannot_be_built_is_told(monkeypatch):

@@ -1,0 +1,66 @@
+"""The largest batch that a run can meet, before its first step: what does not fit is known in the first minute."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from framework.data.batch import Batch, blank_batch, padded_pixels
+from framework.engine.ds_config import loss_scaler
+from framework.engine.ranks import Ranks
+from framework.errors import UsageError
+from framework.losses.criterion import Criterion
+
+
+def rehearse(engine: Any, criterion: Criterion, sizes_hw: list[tuple[int, int]], boxes: int, *, ranks: Ranks) -> None:
+    """A whole step on the largest micro-batch of all ranks; its loss is NaN when it goes back, so nothing is applied.
+
+    sizes_hw, boxes: of the images of this rank's largest micro-batch. Collective.
+    Raises UsageError on every rank: memory does not suffice; says how many of the images fit, and what helps.
+    """
+    sizes_hw, boxes = max(ranks.all_gather_objects((sizes_hw, boxes)), key=lambda one: padded_pixels(one[0]))
+    largest = blank_batch(sizes_hw, boxes)
+    scaler = loss_scaler(engine)
+    before = dict(vars(scaler)) if scaler is not None else {}
+    try:
+        for _ in range(engine.gradient_accumulation_steps()):
+            total = forward(engine, criterion, largest, ranks.device)
+            engine.backward(total * torch.nan)
+            if engine.zero_optimization_stage() == 0:
+                engine.optimizer.overflow = True
+            engine.step()
+    except torch.OutOfMemoryError as error:
+        images, (height, width) = len(sizes_hw), (max(sides) for sides in zip(*sizes_hw, strict=True))
+        said = str(error).splitlines()[0]
+    else:
+        if scaler is not None:  # an overflow lowers it
+            vars(scaler).update(before)
+        return
+    # Outside the except clause: the exception holds what the failed step held.
+    engine.optimizer.zero_grad()
+    fitting = most_that_fit(engine, criterion, sizes_hw, boxes, ranks.device)
+    raise UsageError(
+        f"train.micro_batch: a step on {images} images of {height} x {width} px, the largest of the epoch, "
+        f"does not fit in memory ({said}); {fitting} of them fit in a forward and backward pass; set a smaller "
+        "train.micro_batch, engine.activation_checkpointing=true, engine.precision=bf16, a smaller data.max_size, or a "
+        "higher engine.zero_stage"
+    )
+
+
+def forward(engine: Any, criterion: Criterion, batch: Batch, device: torch.device) -> Tensor:
+    targets = batch.targets.to(device)
+    return criterion.total(criterion(engine(*batch.inputs(device)), targets, max(1, len(targets.labels_N))))
+
+
+def most_that_fit(
+    engine: Any, criterion: Criterion, sizes_hw: list[tuple[int, int]], boxes: int, device: torch.device
+) -> int:
+    """Of the images of a batch that does not fit; gradients go nowhere, so that the engine has no part in it."""
+    weights = [p for p in engine.module.parameters() if p.requires_grad]
+    for images in range(len(sizes_hw) - 1, 0, -1):
+        try:
+            torch.autograd.grad(forward(engine, criterion, blank_batch(sizes_hw[:images], boxes), device), weights)
+            return images
+        except torch.OutOfMemoryError:
+            continue
+    return 0
