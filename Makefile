@@ -51,8 +51,9 @@ quickstart: export TENFOLD_CUDA_ARCHS ?= native
 quickstart: build  ## from nothing to a trained detector, its AP and its pictures; DATA=FOLDER: your own images, ARGS=key=value
 	@PYTHON='$(PYTHON)' DATA='$(DATA)' ARGS='$(ARGS)' launch/quickstart.sh
 
+# One process for each core (tests/conftest.py); a file of tests stays in one of them, and the longest ones begin.
 test: build  ## the test suite; what needs a GPU, SLURM or real data skips and says so
-	@'$(PYTHON)' -m pytest
+	@'$(PYTHON)' -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 sanitize: env  ## run the CPU kernels once under AddressSanitizer and UBSan
 	@'$(PYTHON)' setup.py -q sanitize

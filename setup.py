@@ -28,6 +28,8 @@ from setuptools.command.build_ext import build_ext
 
 PACKAGES = ["framework", "ops", "data_tools"]
 CSRC = Path("ops", "csrc")
+# What ptxas said of every CUDA kernel when the library was built: registers, bytes spilled. A test reads it.
+REPORT = Path("build", "ptxas.txt")
 
 REQUIRES = [
     "torch>=2.10",
@@ -50,6 +52,7 @@ REQUIRES = [
 EXTRAS = {
     "dev": [
         "pytest",
+        "pytest-xdist",
         "hypothesis",
         "ruff",
         "mypy",
@@ -89,6 +92,7 @@ class BuildLibrary(build_ext):
         for folder in (library.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
         cxx = compiler()
+        REPORT.unlink(missing_ok=True)
         built = compile_all({objects / f"{name}.o": command for name, command in compilations(cxx).items()})
         run([*cxx, "-shared", *built, *torch_libraries(), *cuda_runtime(), "-o", str(library)])
         cuda = f"CUDA kernels for {' '.join(cuda_archs())}" if cuda_archs() else "no CUDA kernels: no nvcc is used"
@@ -164,7 +168,7 @@ def gpus() -> list[str]:
 def nvcc_command() -> list[str]:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()]
     newer = f"-gencode=arch=compute_{cuda_archs()[-1]},code=compute_{cuda_archs()[-1]}"
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes, newer]
+    flags = ["-std=c++17", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes, newer]
     return [str(nvcc()), *flags, "-c", str(CSRC / "cuda" / "kernels.cu")]
 
 
@@ -207,9 +211,16 @@ def torch_libraries() -> list[str]:
 
 
 def run(command: list[str]) -> None:
+    """Prints what the command says; what ptxas says of kernels goes to REPORT."""
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if result.returncode or result.stdout:
-        print(f"$ {shlex.join(command)}\n{result.stdout}", file=sys.stderr)
+    lines = result.stdout.splitlines(keepends=True)
+    said = [line for line in lines if re.match(r"ptxas info|    \d+ bytes stack frame", line)]
+    if said:
+        REPORT.parent.mkdir(exist_ok=True)
+        REPORT.write_text("".join(said))
+    rest = "".join(line for line in lines if line not in said)
+    if result.returncode or rest:
+        print(f"$ {shlex.join(command)}\n{rest}", file=sys.stderr)
     if result.returncode:
         sys.exit(f"error: exit code {result.returncode} of the command above")
 

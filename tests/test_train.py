@@ -35,7 +35,7 @@ model:
   decoder_layers: 2
   ffn_width: 32
   num_queries: 12
-  backbone: {name: resnet18, norm: group}
+  backbone: {name: resnet18, norm: group, width: 16}
 data: {workers: 1, sizes: [64], max_size: 100, crop_resize: [48], crop_sizes: [32, 48]}
 train: {global_batch: 8, micro_batch: 2, epochs: 2, lr_drop_epochs: [1], checkpoint_every: 2}
 engine: {precision: fp32}
@@ -79,17 +79,23 @@ def whole(data, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module")
-def resumed(data, tmp_path_factory):
-    """One of two ranks got a scheduler's signal while it started; then the same command again. Draws no attention."""
-    run, command = tmp_path_factory.mktemp("runs") / "resumed", [sys.executable, "-m", "framework.train"]
+def start_ranks(data: Path, run: Path) -> list[subprocess.Popen[str]]:
+    """Two processes without the launcher, which costs two more."""
+    command = [sys.executable, "-m", "framework.train", *arguments(data, run)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
                                 "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}  # fmt: skip
-    ranks = [
-        subprocess.Popen([*command, *arguments(data, run)], cwd=data, stderr=subprocess.PIPE, text=True,
+    return [
+        subprocess.Popen(command, cwd=data, stderr=subprocess.PIPE, text=True,
                          env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def resumed(data, tmp_path_factory):
+    """One of two ranks got a scheduler's signal while it started; then the same command again. Draws no attention."""
+    run = tmp_path_factory.mktemp("runs") / "resumed"
+    ranks = start_ranks(data, run)
     try:
         end = time.monotonic() + 60
         while not (run / "environment.json").exists():
@@ -97,15 +103,16 @@ def resumed(data, tmp_path_factory):
             time.sleep(0.01)
         ranks[1].send_signal(signal.SIGUSR2)
         said = [rank.communicate(timeout=60)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [SAVED, SAVED], said
+        last = max(lines(run))
+        assert last in (1, 2) and f"stopped by SIGUSR2 after step {last}, which is saved" in said[0]
+        assert checkpoint.newest(run).name == f"step-{last:08d}"
+        ranks = start_ranks(data, run)
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], said
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [SAVED, SAVED], said
-    last = max(lines(run))
-    assert last in (1, 2) and f"stopped by SIGUSR2 after step {last}, which is saved" in said[0]
-    assert checkpoint.newest(run).name == f"step-{last:08d}"
-    result = launch(data, run)
-    assert result.returncode == 0, result.stderr
     return run
 
 
@@ -275,7 +282,8 @@ def test_start_weights_of_the_wrong_kind(data, whole, tmp_path):
     torch.save(backbone, tmp_path / "resnet18.pth")
     other = tmp_path / "resnet34.pth"
     torch.save({"model": {f"backbone.0.body.{name}": tensor for name, tensor in
-                          ResNet("resnet34", num_maps=3, dilation=False, norm=FrozenBatchNorm2d, freeze_stem=True)
+                          ResNet("resnet34", num_maps=3, dilation=False, norm=FrozenBatchNorm2d, freeze_stem=True,
+                                 width=16)
                           .state_dict().items()}}, other)  # fmt: skip
     for overrides, message in (
         ([f"model.init={tmp_path / 'resnet18.pth'}"], "resnet18.pth: found a ResNet alone"),

@@ -1,11 +1,5 @@
 """Evaluation over ranks: what one rank gives, to the last bit, whoever had which image."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,8 +11,8 @@ from framework.engine.ranks import Ranks
 from framework.errors import InputError
 from framework.evaluation.coco import METRICS, EvalConfig, evaluate
 from framework.models.detector import Predictions
+from tests.distributed import run_ranks
 
-ROOT = Path(__file__).parents[2]
 CLASSES = [Category("disc", 3), Category("ring", 7)]
 SIDE = 64
 
@@ -115,28 +109,10 @@ def test_progress_counts_images():
 
 
 @pytest.mark.parametrize("images, batch_size, repeats", [(7, 2, [3]), (1, 1, [])], ids=["uneven", "one rank has none"])
-def test_two_processes_equal_one(images, batch_size, repeats, tmp_path):
-    command = [sys.executable, __file__, str(tmp_path), str(images), str(batch_size), json.dumps(repeats)]
-    shared = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    workers = [subprocess.Popen([*command, str(rank)], env=shared | {"RANK": str(rank)}) for rank in range(2)]
-    try:
-        assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-    expected = json.loads(json.dumps(run(Loader(images, 0, 1, batch_size))))
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
+def test_two_processes_equal_one(images, batch_size, repeats):
+    expected = run(Loader(images, 0, 1, batch_size))
+    assert run_ranks(2, evaluated, images, batch_size, repeats) == [expected] * 2
 
 
-def worker(folder, images, batch_size, repeats, rank):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    loader = Loader(images, rank, 2, batch_size, repeats)
-    result = run(loader, rank, 2)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]), int(sys.argv[5]))
+def evaluated(ranks, images, batch_size, repeats):
+    return run(Loader(images, ranks.rank, ranks.world, batch_size, repeats), ranks.rank, ranks.world)

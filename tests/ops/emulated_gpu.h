@@ -39,7 +39,9 @@ struct Thread {
   bool started = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Waits waits = Waits::kNo;
-  double shuffled = 0;
+  // What it shows to its warp, in turns: nobody is two turns ahead of a thread that still has to look.
+  double shown[2] = {};
+  int turn = 0;
 };
 
 inline std::vector<Thread> threads;
@@ -90,19 +92,27 @@ inline emulated::Index blockIdx, threadIdx, gridDim;
 inline void __syncwarp() { emulated::wait(emulated::Waits::kForWarp); }
 inline void __syncthreads() { emulated::wait(emulated::Waits::kForBlock); }
 
+// The turn in which all of the warp show a number.
+inline int show(double number) {
+  emulated::Thread& own = emulated::threads[emulated::running];
+  const int turn = own.turn;
+  own.shown[turn] = number, own.turn = 1 - turn;
+  __syncwarp();
+  return turn;
+}
+
 template <class T>
 T __shfl_xor_sync(unsigned, T number, int distance) {
-  const size_t own = emulated::running;
-  emulated::threads[own].shuffled = static_cast<double>(number);
-  __syncwarp();
-  const T other = static_cast<T>(emulated::threads[own ^ distance].shuffled);
-  __syncwarp();
-  return other;
+  const int turn = show(static_cast<double>(number));
+  return static_cast<T>(emulated::threads[emulated::running ^ distance].shown[turn]);
 }
 
 inline bool __any_sync(unsigned, bool number) {
-  for (int distance = 1; distance < 32; distance *= 2) number |= __shfl_xor_sync(0xffffffffu, number, distance);
-  return number;
+  const int turn = show(number);
+  const size_t first = emulated::running / emulated::kWarp * emulated::kWarp;
+  bool any = false;
+  for (size_t i = first; i < first + emulated::kWarp; ++i) any |= emulated::threads[i].shown[turn] != 0;
+  return any;
 }
 
 inline int64_t float_adds = 0;
@@ -153,7 +163,7 @@ inline bool launch(Index blocks, int threads_of_block, size_t shared_bytes, cons
     blockIdx = {block % blocks.x, block / blocks.x};
     shared.assign(shared_bytes, static_cast<char>(0xff));  // NaN
     threads.resize(threads_of_block);
-    for (Thread& thread : threads) thread.started = false, thread.waits = Waits::kNo;
+    for (Thread& thread : threads) thread.started = false, thread.waits = Waits::kNo, thread.turn = 0;
     for (;;) {
       bool all_done = true;
       for (running = 0; running < threads.size(); ++running) {
