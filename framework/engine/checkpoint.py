@@ -128,7 +128,7 @@ class Checkpoints:
         for folder in folders:
             if folder != saved and (folder not in older or _step_of(folder) not in kept):
                 shutil.rmtree(folder, ignore_errors=True)
-        for unfinished in self.folder.glob("step-*.tmp"):  # of an attempt that was killed while it wrote
+        for unfinished in saved.parent.glob("step-*.tmp"):  # of an attempt that was killed while it wrote
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
