@@ -78,7 +78,8 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
         checkpoint.load_weights(last, detector)
     if config.engine.activation_checkpointing:
         detector.recompute_activations()
-    optimizer = build_optimizer(detector.to(ranks.device), config.optim, ranks.device)
+    updated_on = torch.device("cpu") if config.engine.offload_optimizer else ranks.device
+    optimizer = build_optimizer(detector.to(ranks.device), config.optim, updated_on)
     engine = start_engine(detector, optimizer, deepspeed_config(
         config.engine, device=ranks.device, global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch, accumulation=train_set.accumulation, clip_norm=config.optim.clip_norm,
@@ -157,25 +158,23 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
                     at = replace(at, epoch=at.epoch + 1, samples_consumed=0)
                 owed = owed or save_due
                 with meter.paused():
-                    if owed and not guard.in_a_row:  # whose weights may be what is wrong
+                    if owed and (not guard.in_a_row or stopped_by or step == end):  # while steps are skipped, later
                         owed = False
                         classes = [asdict(c) for c in train_set.manifest.classes]
                         checkpoints.save(engine, {
                             "step": step, "data": asdict(at), "lr": rates, "world": ranks.world, "classes": classes,
                             "bad_samples": sorted(meter.bad_samples), "start_weights": start, "guard": guard.state(),
                         }, ema)  # fmt: skip
-                    if validation_due() and not stopped_by:
+                    if validation_due() and not stopped_by and not owed:
                         lifecycle.ask()  # it takes long, and is made up for
                         stopped_by = lifecycle.told_to_stop()
-                    if validation_due() and not stopped_by:
+                    if validation_due() and not stopped_by and not owed:
                         validate(engine, ema, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
                     lifecycle.alive()
                 if epoch_ends or step == end or stopped_by:
                     break
         checkpoints.finish()
     sink.close()
-    if owed:
-        log.warning("the last %d steps were skipped, and nothing was saved since", guard.in_a_row)
     if stopped_by:
         log.info("stopped by %s after step %d, which is saved; the same command goes on", stopped_by, step)
         return SAVED

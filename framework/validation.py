@@ -53,14 +53,15 @@ def validate(
         sink.picture(f"predictions/{i}", partial(picture_of, val_set, i, detections), step)
     for i, draw in enumerate(looks):
         sink.picture(f"attention/{i}", draw, step)
-    run_dir = str(config.train.run_dir)
+    best_step, best_ap = best_evaluation(str(config.train.run_dir)) or (step, 0.0)  # so far
+    sink.document(evaluation_name(step), report(numbers, config.eval.image_side, step=step, epoch=epoch))
     if ranks.is_main:
-        best_step, best_ap = best_evaluation(run_dir) or (step, 0.0)
         log.info("epoch %g: %s; best AP before: %.3f at step %d", epoch,
                  ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()), best_ap, best_step)  # fmt: skip
-        for line in collapse(numbers["AP"], best_ap, step, config.model.attention, val_set.ground_truth(), detections):
+        images_seen = step * config.train.global_batch
+        for line in collapse(numbers["AP"], best_ap, images_seen, config.model.attention, val_set.ground_truth,
+                             detections):  # fmt: skip
             log.warning("%s", line)
-    sink.document(evaluation_name(step), report(numbers, config.eval.image_side, step=step, epoch=epoch))
 
 
 def whole_detector(engine: Any, ema: Ema | None, config: Config, ranks: Ranks) -> Detector:

@@ -114,12 +114,15 @@ class Checkpoints:
         folder, began = folder_of(self.run_dir, state["step"]), time.perf_counter()
         try:
             _write(folder, tensors, fixed, state)
-            self._drop_old(folder)
         except Exception as error:  # whatever it is: the run must not go on as if it were saved
             self.failure = f"checkpoint {folder} could not be written: {type(error).__name__}: {error}"
             log.error(self.failure)
         else:
             log.info("saved %s in %.2g s", folder, time.perf_counter() - began)
+            try:
+                self._drop_old(folder)
+            except Exception as error:  # what was saved is saved
+                log.warning("old checkpoints stay: %s: %s", type(error).__name__, error)
 
     def _drop_old(self, saved: Path) -> None:
         folders = _folders(saved.parent)

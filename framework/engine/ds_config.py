@@ -21,9 +21,11 @@ class EngineConfig:
         gradients neither vanish nor overflow: by 2^16 first, half when they overflow, twice after 2000 steps without.
     activation_checkpointing: keep only the inputs of transformer layers, compute the rest again in backward.
     offload_optimizer: moments and a copy of the fp32 weights in host memory, Adam there too.
-    secondary_partition, quantized_weights, quantized_gradients: ZeRO++ (Wang et al. 2023), for stage 3 over several
-        nodes: a second copy of the weights shared among so many neighbouring ranks (GPUs of a node), so that backward
-        does not gather over the network (1: none); weights gathered as int8; gradients reduced as int4.
+    secondary_partition: of ZeRO++ (Wang et al. 2023), for stage 3 over several nodes: a second copy of the weights
+        shared among so many neighbouring ranks (GPUs of a node), so that backward does not gather over the network;
+        1: none.
+    quantized_weights, quantized_gradients: also of ZeRO++, and refused: DeepSpeed 0.19.8 reads float32 and bf16
+        gradients as if they were halves, and sends weights as int8 that have to stay float32 (boxes, reference points).
     """
 
     zero_stage: int = 1
@@ -40,13 +42,15 @@ class EngineConfig:
         if self.secondary_partition < 1:
             raise UsageError(f"engine.secondary_partition: found {self.secondary_partition}, expected ranks, or 1 for "
                              "none")  # fmt: skip
-        for key in ("secondary_partition", "quantized_weights", "quantized_gradients"):
-            if self.zero_stage != 3 and getattr(self, key) > 1 - (key != "secondary_partition"):
-                raise UsageError(f"engine.{key}, engine.zero_stage: found {getattr(self, key)} and {self.zero_stage}; "
-                                 "ZeRO++ is for stage 3")  # fmt: skip
-        if self.quantized_weights and self.precision != "fp32":
-            raise UsageError(f"engine.quantized_weights, engine.precision: found true and {self.precision}; DeepSpeed "
-                             "quantizes weights of one precision only: set engine.precision=fp32")  # fmt: skip
+        if self.zero_stage != 3 and self.secondary_partition > 1:
+            raise UsageError(f"engine.secondary_partition, engine.zero_stage: found {self.secondary_partition} and "
+                             f"{self.zero_stage}; ZeRO++ is for stage 3")  # fmt: skip
+        if self.quantized_gradients:
+            raise UsageError("engine.quantized_gradients: found true; DeepSpeed 0.19.8 takes the bits of float32 "
+                             "and bf16 gradients for halves: set it to false")  # fmt: skip
+        if self.quantized_weights:
+            raise UsageError("engine.quantized_weights: found true; DeepSpeed would send as int8 what has to stay "
+                             "float32 (boxes, reference points): set it to false")  # fmt: skip
         if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
             raise UsageError(
                 f"engine.zero_stage, engine.precision: found 0 and {self.precision}; DeepSpeed keeps fp32 weights "
@@ -85,9 +89,6 @@ def deepspeed_config(
     """The dict for deepspeed.initialize. The optimizer is ours, the schedule too."""
     dtype = precision_for(config, device)
     on_gpu = device.type == "cuda"
-    for key in ("quantized_weights", "quantized_gradients"):
-        if getattr(config, key) and not on_gpu:
-            raise UsageError(f"engine.{key}: found true on a machine without GPU; set it to false")
     world = global_batch // (micro_batch * accumulation)
     if world % config.secondary_partition:
         raise UsageError(f"engine.secondary_partition: found {config.secondary_partition} with {world} processes; "
@@ -96,11 +97,7 @@ def deepspeed_config(
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if config.zero_stage == 3:  # with stage3_max_reuse_distance=0, which would keep less, losses come out wrong
-        zero |= {
-            "zero_hpz_partition_size": config.secondary_partition,
-            "zero_quantized_weights": config.quantized_weights,
-            "zero_quantized_gradients": config.quantized_gradients,
-        }
+        zero["zero_hpz_partition_size"] = config.secondary_partition
     return {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,

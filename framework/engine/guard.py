@@ -53,10 +53,13 @@ class Guard:
 
     def unless_it_jumps(self, total: Tensor) -> Tensor:
         """The loss of a micro-batch, as NaN if it is far from what losses were."""
-        if self.config.skip_jumps == 0 or len(self.losses) < REMEMBERED:
-            return total
-        limit = self.config.skip_jumps * statistics.median(self.losses)
-        return total if total.item() <= limit else total * torch.nan
+        limit = self.limit()
+        return total if math.isinf(limit) or total.item() <= limit else total * torch.nan
+
+    def limit(self) -> float:
+        """Of the loss of a micro-batch; infinite where there is none, or not yet."""
+        known = self.config.skip_jumps and len(self.losses) == REMEMBERED
+        return self.config.skip_jumps * statistics.median(self.losses) if known else math.inf
 
     def applied(self, total: Tensor) -> None:
         """After a step that was taken, with this rank's mean loss. Collective where jumps are looked for."""
@@ -73,21 +76,22 @@ class Guard:
         mine = [(total.item(), ids) for total, ids in zip(totals, image_ids, strict=True)]
         everywhere = [one for rank in self.ranks.all_gather_objects(mine) for one in rank]
         broken = [ids for total, ids in everywhere if not math.isfinite(total)]
-        scaler = loss_scaler(engine)
         self.total += 1
         say = log.warning if self.ranks.is_main else log.debug
-        if scaler is not None and not broken and scaler.cur_scale > scaler.min_scale:
+        limit = self.limit()
+        jumped = [ids for total, ids in everywhere if total > limit]
+        scaler = loss_scaler(engine)
+        if scaler is not None and not broken and not jumped and scaler.cur_scale > scaler.min_scale:
             say("step %d is skipped: gradients overflowed; the loss is scaled by %g from here", step, scaler.cur_scale)
             return
         self.in_a_row += 1
-        largest = max((total for total, _ in everywhere if math.isfinite(total)), default=math.nan)
-        jumps = self.config.skip_jumps and len(self.losses) == REMEMBERED and not broken
-        if jumps and largest > (limit := self.config.skip_jumps * statistics.median(self.losses)):
-            suspects = [ids for total, ids in everywhere if total > limit]
-            why = f"a loss of {largest:.4g} is over {limit:.4g} (guard.skip_jumps)"
+        if broken:
+            suspects, why = broken, "the loss is not finite"
+        elif jumped:
+            largest = max(total for total, _ in everywhere)
+            suspects, why = jumped, f"a loss of {largest:.4g} is over {limit:.4g} (guard.skip_jumps)"
         else:
-            suspects = broken or [ids for _, ids in everywhere]
-            why = "the loss is not finite" if broken else "a gradient is not finite"
+            suspects, why = [ids for _, ids in everywhere], "a gradient is not finite"
         ids = [one for ids in suspects for one in ids]
         named = ", ".join(map(str, ids[:SHOWN_IDS])) + f" and {len(ids) - SHOWN_IDS} more" * (len(ids) > SHOWN_IDS)
         say("step %d is skipped: %s; image ids: %s", step, why, named)

@@ -99,7 +99,8 @@ def _apex_adam(device: torch.device) -> Any:
     """NVIDIA's FusedAdam. PyPI's `apex` is another project and holds no optimizers."""
     how = "install NVIDIA apex from its repository (https://github.com/NVIDIA/apex), or set optim.impl=auto"
     if device.type != "cuda":
-        raise UsageError(f"optim.impl: found apex on a machine without GPU; {how}")
+        raise UsageError("optim.impl: found apex on a machine without GPU, or with engine.offload_optimizer=true; its "
+                         f"FusedAdam is for GPUs; {how}")  # fmt: skip
     try:
         import apex
     except ImportError as error:

@@ -8,16 +8,20 @@ from torch import Tensor
 from framework.data.batch import Batch, blank_batch, padded_pixels
 from framework.engine.ds_config import loss_scaler
 from framework.engine.ranks import Ranks
+from framework.engine.shares import shares_of
 from framework.errors import UsageError
 from framework.losses.criterion import Criterion
 
 
 def rehearse(engine: Any, criterion: Criterion, sizes_hw: list[tuple[int, int]], boxes: int, *, ranks: Ranks) -> None:
-    """A whole step on the largest micro-batch of all ranks; its loss is NaN when it goes back, so nothing is applied.
+    """Forward and backward of the largest micro-batch of all ranks; its loss is NaN when it goes back, so nothing is
+    applied.
 
     sizes_hw, boxes: of the images of this rank's largest micro-batch. Collective.
-    Raises UsageError on every rank: memory does not suffice; says how many of the images fit, and what helps.
+    Raises UsageError: memory does not suffice here; says how many of the images fit (below ZeRO 3, where that can be
+    tried without the other ranks), and what helps.
     """
+    shares_of(engine)  # makes the moments, which the first step would make
     sizes_hw, boxes = max(ranks.all_gather_objects((sizes_hw, boxes)), key=lambda one: padded_pixels(one[0]))
     largest = blank_batch(sizes_hw, boxes)
     scaler = loss_scaler(engine)
@@ -38,10 +42,13 @@ def rehearse(engine: Any, criterion: Criterion, sizes_hw: list[tuple[int, int]],
         return
     # Outside the except clause: the exception holds what the failed step held.
     engine.optimizer.zero_grad()
-    fitting = most_that_fit(engine, criterion, sizes_hw, boxes, ranks.device)
+    fitting = ""
+    if engine.zero_optimization_stage() < 3:
+        fit = most_that_fit(engine, criterion, sizes_hw, boxes, ranks.device)
+        fitting = f"{fit} of them fit in a forward and backward pass; "
     raise UsageError(
         f"train.micro_batch: a step on {images} images of {height} x {width} px, the largest of the epoch, "
-        f"does not fit in memory ({said}); {fitting} of them fit in a forward and backward pass; set a smaller "
+        f"does not fit in memory ({said}); {fitting}set a smaller "
         "train.micro_batch, engine.activation_checkpointing=true, engine.precision=bf16, a smaller data.max_size, or a "
         "higher engine.zero_stage"
     )

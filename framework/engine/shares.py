@@ -81,14 +81,13 @@ def load_moments(engine: Any, shares: list[Share], tensor: Callable[[str], Tenso
             view.copy_(part_of(tensor(f"{moment}/{share.name}"), share))
         share.adam_state["step"] = _like(share.adam_state["step"], steps)
     for group in engine.optimizer.param_groups:
-        if "step" in group:  # where DeepSpeed's and apex's FusedAdam count
-            group["step"] = int(steps)
+        group["step"] = int(steps)  # where apex's FusedAdam counts; others have it too, or do not mind
 
 
 def adam_steps(engine: Any, shares: list[Share]) -> float:
     """How many steps Adam has taken: those of the run less those that were skipped."""
-    counted = [group["step"] for group in engine.optimizer.param_groups if "step" in group]
-    return float(max(counted, default=shares[0].adam_state["step"]))
+    counted = [group["step"] for group in engine.optimizer.param_groups if "step" in group]  # apex; DeepSpeed: 0
+    return float(max([*counted, *(share.adam_state["step"] for share in shares)], default=0))
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ from pycocotools import mask
 
 FALLEN, NOTEWORTHY = 0.5, 0.02  # below half of a best AP that was worth something
 FLOOR = 0.002
-STEPS_TO_LEARN = {"deformable": 2_000, "dense": 20_000}  # DETR has a long floor, see docs/convergence.md
+IMAGES_TO_LEARN = {"deformable": 60_000, "dense": 600_000}  # DETR has a long floor, see docs/convergence.md
 LOOKED_AT = 200  # images
 BEST = 10  # detections of each
 
 
 def collapse(
-    ap: float, best_ap: float, step: int, attention: str, ground_truth: dict[str, Any],
+    ap: float, best_ap: float, images_seen: int, attention: str, ground_truth: Callable[[], dict[str, Any]],
     detections: Sequence[dict[str, Any]],
 ) -> list[str]:  # fmt: skip
     """What is wrong, and then its likely causes; nothing where AP is what it may be.
@@ -26,15 +26,17 @@ def collapse(
     Args:
         best_ap: of the evaluations before this one, 0 if there was none.
         attention: model.attention.
-        ground_truth, detections: in COCO's formats.
+        ground_truth, detections: in COCO's formats; the first is read when there is something to say.
     """
     if best_ap >= NOTEWORTHY and ap < FALLEN * best_ap:
         trouble = f"AP has fallen from {best_ap:.3f} to {ap:.3f}"
-    elif ap < FLOOR and step >= STEPS_TO_LEARN[attention]:
-        trouble = f"AP is {ap:.4f} after {step} steps, by which {attention} attention has usually learnt something"
+    elif 0 <= ap < FLOOR and images_seen >= IMAGES_TO_LEARN[attention]:  # -1: there are no boxes to find
+        trouble = (
+            f"AP is {ap:.4f} after {images_seen} images, by which {attention} attention has usually learnt something"
+        )
     else:
         return []
-    return [trouble, *(causes(ground_truth, detections) or ["nothing in the detections says why"])]
+    return [trouble, *(causes(ground_truth(), detections) or ["nothing in the detections says why"])]
 
 
 def causes(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,17 @@ def jumping(ranks: Ranks) -> tuple[float, float, bool]:
     return early, ordinary, list(run.guard.losses) == list(resumed.losses)
 
 
+def test_a_jump_in_fp16_is_no_overflow():
+    scaler = SimpleNamespace(dynamic=True, cur_scale=4.0, min_scale=1.0)
+    engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    guard = Guard(GuardConfig(skip_jumps=3.0, max_skipped=0), alone)
+    guard.losses.extend([1.0] * REMEMBERED)
+    guard.skipped(1, [torch.tensor(2.0)], [[5]], engine)  # an overflow
+    with pytest.raises(InputError, match=r"a loss of 4 is over 3 .*image ids: 7;"):
+        guard.skipped(2, [torch.tensor(2.0), torch.tensor(4.0)], [[5], [7]], engine)
+
+
 def test_a_loss_that_jumps_is_skipped_if_so_wanted():
     ((early, ordinary, kept),) = run_ranks(1, jumping)
     assert early > 50 * ordinary and kept
@@ -184,7 +196,8 @@ def test_an_overflow_of_fp16_lowers_the_scale_and_is_no_fault(tmp_path):
     assert third == (2.0**10, True, 2.0**10) and resumed == third
 
 
-def rehearsed(ranks: Ranks, broken_at: int | None) -> tuple[bool, float] | str:
+def rehearsed(ranks: Ranks, broken_at: int | None) -> list[str]:
+    told = []
     for stage in STAGES:
         run, plain = Run(ranks, stage), Run(ranks, stage)
         if broken_at is not None:
@@ -197,15 +210,19 @@ def rehearsed(ranks: Ranks, broken_at: int | None) -> tuple[bool, float] | str:
         try:
             rehearse(run.engine, run.criterion, [(80, 96), (96, 72)], 5, ranks=ranks)
         except UsageError as error:
-            return str(error)
+            told.append(str(error))
+            continue
         assert run.engine.skipped_steps == 1
         before, after = plain.take(), run.take()
         assert before == after, stage
-    return "fits"
+        told.append("fits")
+    return told
 
 
 def test_the_largest_batch_first_changes_nothing_and_says_what_fits():
-    assert run_ranks(2, rehearsed, None) == ["fits", "fits"]
-    for message in run_ranks(2, rehearsed, 2):
-        assert message.startswith("train.micro_batch: a step on 2 images of 96 x 96 px")
-        assert "CUDA out of memory. Tried to allocate 2.00 GiB.); 1 of them fit" in message and "\n" not in message
+    assert run_ranks(2, rehearsed, None) == [["fits"] * 4] * 2
+    for messages in run_ranks(2, rehearsed, 2):
+        for stage, message in enumerate(messages):
+            assert message.startswith("train.micro_batch: a step on 2 images of 96 x 96 px") and "\n" not in message
+            then = "1 of them fit" if stage < 3 else "set a smaller"  # where that needs the others, too
+            assert f"CUDA out of memory. Tried to allocate 2.00 GiB.); {then}" in message

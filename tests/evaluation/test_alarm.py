@@ -7,8 +7,8 @@ WANTED = [{"image_id": i, "category_id": 1 + i % 3, "bbox": [20 * i, 10, 30, 30]
 TRUTH = {"images": IMAGES, "annotations": WANTED}
 
 
-def alarm(detections, ap=0.0, best=0.0, step=2000, attention="deformable"):
-    return collapse(ap, best, step, attention, TRUTH, detections)
+def alarm(detections, ap=0.0, best=0.0, images=60_000, attention="deformable"):
+    return collapse(ap, best, images, attention, lambda: TRUTH, detections)
 
 
 def found(category_of=lambda wanted: wanted["category_id"], score=0.5, move=0.0):
@@ -23,12 +23,13 @@ def found(category_of=lambda wanted: wanted["category_id"], score=0.5, move=0.0)
 @pytest.mark.parametrize(
     "numbers, expected",
     [
-        (dict(ap=0.001, step=1999), None),
-        (dict(ap=0.001, step=2000), "AP is 0.0010 after 2000 steps, by which deformable"),
-        (dict(ap=0.001, step=19_999, attention="dense"), None),
-        (dict(ap=0.001, step=20_000, attention="dense"), "AP is 0.0010 after 20000 steps"),
+        (dict(ap=0.001, images=59_999), None),
+        (dict(ap=0.001), "AP is 0.0010 after 60000 images, by which deformable"),
+        (dict(ap=-1.0), None),
+        (dict(ap=0.001, images=599_999, attention="dense"), None),
+        (dict(ap=0.001, images=600_000, attention="dense"), "AP is 0.0010 after 600000 images"),
         (dict(ap=0.003), None),
-        (dict(ap=0.09, best=0.2, step=10), "AP has fallen from 0.200 to 0.090"),
+        (dict(ap=0.09, best=0.2, images=10), "AP has fallen from 0.200 to 0.090"),
         (dict(ap=0.11, best=0.2), None),
         (dict(ap=0.004, best=0.01), None),
     ],
