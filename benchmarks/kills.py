@@ -50,7 +50,8 @@ PRELOADED = ["torch", "deepspeed", "framework.train", "framework.engine.ds_confi
 EVERY, STAGES, WORLD = 2, (0, 1, 2, 3), 2
 STEPS, COMMIT_STEPS, KILLED_STEP = 24, 6, 4
 MOST_LOST = 2 * EVERY  # the step is recorded before the run waits for the checkpoint before, which is still written
-GRACE_S = 60.0  # how long a launcher would wait for the others
+GRACE_S = 60.0  # so long the others may take to leave
+START_GRACE_S = 15.0  # while they start: one that waits for a rank that never came waits for very long (patience)
 WORKERS_S = 30.0  # how long data workers may outlive the rank that they work for
 LONGEST_SAVE_S = 0.05  # a kill is aimed at so much of a commit
 LIMIT_S = 300.0  # of a whole run that nobody kills
@@ -505,7 +506,7 @@ class Lane:
         killed_at = time.monotonic()
         deadline = killed_at + WORKERS_S
         self.orphans += [(pid, began, deadline, start.run) for pid, began in children]
-        left_alone = start.wait(GRACE_S)
+        left_alone = start.wait(START_GRACE_S if place == "start" else GRACE_S)
         took = time.monotonic() - killed_at
         start.kill(list(range(WORLD)))
         start.wait(10)
@@ -525,11 +526,12 @@ class Lane:
             self.fault(where, f"rank {victims} was killed while {place}; the others left with {survivors}")
         if step_of(now) < step_of(known):
             self.fault(where, f"{known} was committed before the kill, and after it the newest is {now}")
+        told = start.new_text(start.out).strip()
         row = {
             "place": place, "victims": "all" if len(victims) == WORLD else f"rank {victims[0]}", "stage": stage,
             "at": begun, "survivor_s": took if survivors and left_alone else None,
             "survivor": (survivors[0] if left_alone else "none") if survivors else None,
-            "newest": step_of(now), "traceback": "Traceback" in start.new_text(start.out),
+            "newest": step_of(now), "traceback": told.splitlines()[-1] if "Traceback" in told else None,
         }  # fmt: skip
         with self.tally.lock:
             self.tally.rows.append(row)
@@ -606,9 +608,9 @@ def summary(tally: Tally, args: argparse.Namespace) -> dict[str, Any]:
         "steps lost at most": max(lost, default=0), "steps lost, mean": statistics.fmean(lost or [0]),
         "s from start to first new step": _quantiles(tally.start_s),
         "s until the survivor of one left": _quantiles(waits),
-        f"survivors still waiting after {GRACE_S:g} s for a rank that died while it started":
+        f"survivors still waiting after {START_GRACE_S:g} s for a rank that died while it started":
             sum(row["survivor"] == "none" for row in alone),
-        "survivors that showed a traceback": sum(row["traceback"] for row in alone),
+        "tracebacks that survivors showed": "; ".join(row["traceback"] for row in alone if row["traceback"]) or "none",
         "exit codes of survivors": dict(sorted(Counter(str(row["survivor"]) for row in alone).items())),
     }  # fmt: skip
 
