@@ -63,8 +63,8 @@ def run_folder(tmp_path_factory):
     torch.manual_seed(0)
     weights = dict(build_detector(config.model).named_parameters())
     state = {"step": 7, "classes": [asdict(c) for c in CLASSES], "data": {}, "lr": {}}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    checkpoint._write(folder / "checkpoints" / "step-00000007", tensors, {"adam_step": torch.tensor(7.0)}, state)
+    tensors = {f"weight/{name}": tensor.detach().contiguous() for name, tensor in weights.items()}
+    checkpoint._write(folder / "checkpoints" / "step-00000007", tensors, {}, state)
     configuration.save(config, folder / "config.yaml")
     return folder
 
