@@ -11,10 +11,11 @@ from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
-
-# The latter three by deepspeed.initialize: seconds of it.
-IMPORTED_BEFORE = ["torch", "deepspeed", "framework.engine.ds_config", "framework.engine.ranks",
-                   "torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer"]  # fmt: skip
+IMPORTED_BEFORE = [
+    "torch", "deepspeed", "framework.engine.ds_config", "framework.engine.ranks",
+    # By deepspeed.initialize, for seconds:
+    "torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer",
+]  # fmt: skip
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
