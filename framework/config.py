@@ -35,7 +35,7 @@ class TrainConfig:
         every so many epochs; 0: none of them.
     ema_decay: keep an exponential moving average of the weights, which is evaluated and saved in their place; 0.9997,
         say; 0: none.
-    rehearse: on GPUs, a step on the largest batch of the epoch comes first, so that memory runs out at once or never.
+    rehearse: on GPUs, forward and backward of the largest batch of the epoch come first: if memory runs out, then.
     resume: go on from what run_dir holds; false refuses a run_dir that holds a checkpoint.
     hang_minutes: a rank for which no step ends, no checkpoint and no batch of an evaluation, for so long writes where
         it stands, and leaves with exit code 86; 0: never.

@@ -158,17 +158,17 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
                     at = replace(at, epoch=at.epoch + 1, samples_consumed=0)
                 owed = owed or save_due
                 with meter.paused():
-                    if owed and (not guard.in_a_row or stopped_by or step == end):  # while steps are skipped, later
+                    if owed and (not guard.in_a_row or stopped_by or step == end or validation_due()):  # else later
                         owed = False
                         classes = [asdict(c) for c in train_set.manifest.classes]
                         checkpoints.save(engine, {
                             "step": step, "data": asdict(at), "lr": rates, "world": ranks.world, "classes": classes,
                             "bad_samples": sorted(meter.bad_samples), "start_weights": start, "guard": guard.state(),
                         }, ema)  # fmt: skip
-                    if validation_due() and not stopped_by and not owed:
+                    if validation_due() and not stopped_by:
                         lifecycle.ask()  # it takes long, and is made up for
                         stopped_by = lifecycle.told_to_stop()
-                    if validation_due() and not stopped_by and not owed:
+                    if validation_due() and not stopped_by:
                         validate(engine, ema, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
                     lifecycle.alive()
                 if epoch_ends or step == end or stopped_by:

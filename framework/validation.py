@@ -101,7 +101,7 @@ def picture_of(val_set: EvalLoader, i: int, detections: list[dict[str, Any]]) ->
 def attention_in(detector: Detector, val_set: EvalLoader, i: int, config: Config) -> Callable[[], np.ndarray | None]:
     """What draws where the most certain query of image i looks: uint8 (H, W, 3), or None as for `picture_of`.
 
-    Collective: every rank runs the detector on the same image.
+    The detector runs here, and draws where pictures are kept.
     """
     try:
         image = decode(val_set.source.read(i)[0])

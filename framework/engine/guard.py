@@ -65,7 +65,8 @@ class Guard:
         """After a step that was taken, with this rank's mean loss. Collective where jumps are looked for."""
         self.in_a_row = 0
         if self.config.skip_jumps:
-            self.losses.append(self.ranks.sum(total.clone()).item() / self.ranks.world)
+            mean = self.ranks.sum(total.clone()).item() / self.ranks.world
+            self.losses.extend([mean] if math.isfinite(mean) else [])
 
     def skipped(self, step: int, totals: list[Tensor], image_ids: list[list[int]], engine: Any) -> None:
         """After a step that was not taken: log why. Collective.
