@@ -130,8 +130,17 @@ def losses(folder: Path) -> dict[str, Any]:
     ):  # fmt: skip
         for stage, found in zip(stages, run_ranks(world, losses_of, shards, model, precision, stages)[0], strict=True):
             steps = [abs(a - b) / abs(b) for a, b in zip(found, plain[model], strict=True)]
-            rows.append({"model": model, "precision": precision, "processes": world, "ZeRO": stage, "last loss":
-                         found[-1], "from the plain loop": max(steps), "steps within 1e-6": first_above(steps, 1e-6)})
+            rows.append(
+                {
+                    "model": model,
+                    "precision": precision,
+                    "processes": world,
+                    "ZeRO": stage,
+                    "last loss": found[-1],
+                    "from the plain loop": max(steps),
+                    "steps within 1e-6": first_above(steps, 1e-6),
+                }
+            )
     return {"runs": rows, "steps": STEPS}
 
 
