@@ -6,7 +6,7 @@ losses: 20 steps of a small detector on drawn images, in fp32 and bf16, beside a
     matcher, the proposals of a two-stage model) may choose otherwise after a difference in the last bit.
 elastic: resumed inside an epoch, from every ZeRO stage on 1, 2, 4 processes at every stage on 1, 2, 4: 144 pairs.
 save: R50 base; what a save takes from the step, on the disk, and when it is resumed from.
-overhead: R50 base, 480 x 640, one image: a step through DeepSpeed, and a plain torch loop, in turns.
+overhead: R50 base, 480 x 640, one image: a step through DeepSpeed, and a plain torch loop, in turns; and where it goes.
 Writes docs/results/engine.{json,md}.
 """
 
@@ -44,6 +44,8 @@ STAGES, WORLDS = (0, 1, 2, 3), (1, 2, 4)
 STEPS, GLOBAL_BATCH, MICRO_BATCH, SEED = 20, 8, 2, 7
 IMAGES = 200  # 25 steps an epoch
 RESUMED_AT = (2, 9)  # between these a step is drawn for each source
+
+TURNS = 22  # of the overhead; the first one does not count
 
 SMALL = ModelConfig(
     num_classes=3, width=32, num_heads=2, encoder_layers=1, decoder_layers=2, ffn_width=64, num_queries=30,
@@ -316,29 +318,50 @@ def overhead_alone(ranks: Ranks) -> dict[str, Any]:
     optimizer = build_optimizer(model, OPTIM, ranks.device)
     engines = {stage: wide_engine(ranks, stage) for stage in (0, 1)}
 
-    def plain() -> None:
-        predictions = model(*batch.inputs(ranks.device))
-        criterion.total(criterion(predictions, batch.targets, 7.0)).backward()
+    spent: dict[str, list[float]] = {}  # of the step that is taken: backward, update
+
+    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(*args: Any) -> Any:
+            began = time.perf_counter()
+            found = call(*args)
+            spent.setdefault(part, []).append(time.perf_counter() - began)
+            return found
+
+        return instead
+
+    def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
+
+    def plain() -> None:
+        predictions = model(*batch.inputs(ranks.device))
+        timed("backward", criterion.total(criterion(predictions, batch.targets, 7.0)).backward)()
+        timed("update", update)()
+
+    for engine in engines.values():
+        engine.backward, engine.step = timed("backward", engine.backward), timed("update", engine.step)
 
     def through(stage: int) -> None:
         train_step(engines[stage], criterion, [batch], ranks=ranks, seed=0, step=0, guard=guard)
 
     sides = {"plain": plain, "ZeRO 0": lambda: through(0), "ZeRO 1": lambda: through(1)}
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(13):
-        for name, side in sides.items():
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for turn in range(TURNS):
+        for name in (*sides,)[turn % 3 :] + (*sides,)[: turn % 3]:  # none comes always after the same one
+            spent.clear()
             began = time.perf_counter()
-            side()
+            sides[name]()
             if turn:
-                found[name].append(time.perf_counter() - began)
-    ratios = {name: [a / b for a, b in zip(found[name], found["plain"], strict=True)] for name in ("ZeRO 0", "ZeRO 1")}
-    rows = [{"side": name, "s": statistics.median(times)} for name, times in found.items()]
+                parts = {part: sum(times) for part, times in spent.items()}
+                found[name].append({"step": time.perf_counter() - began} | parts)
+    rows = [{"side": name} | {f"{part} (s)": statistics.median(one[part] for one in times) for part in times[0]}
+            for name, times in found.items()]  # fmt: skip
+    ratios = {name: [a["step"] / b["step"] for a, b in zip(found[name], found["plain"], strict=True)] for name in sides}
     return {"sides": rows} | {
         f"{name}, of a plain step": f"{statistics.median(one):.3f} (pairs {min(one):.3f} to {max(one):.3f})"
         for name, one in ratios.items()
+        if name != "plain"
     }
 
 

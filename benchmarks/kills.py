@@ -43,10 +43,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests.distributed import IMPORTED_BEFORE
+from tests.runs import TINY
+
 ROOT = Path(__file__).resolve().parent.parent
-# The second line is what deepspeed.initialize imports, and torch.optim: three quarters of the CPU time of a start.
-PRELOADED = ["torch", "deepspeed", "framework.train", "framework.engine.ds_config",
-             "torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer"]  # fmt: skip
 EVERY, STAGES, WORLD = 2, (0, 1, 2, 3), 2
 STEPS, COMMIT_STEPS, KILLED_STEP = 24, 6, 4
 MOST_LOST = 2 * EVERY  # the step is recorded before the run waits for the checkpoint before, which is still written
@@ -55,23 +55,8 @@ START_GRACE_S = 15.0  # while they start: one that waits for a rank that never c
 WORKERS_S = 30.0  # how long data workers may outlive the rank that they work for
 LONGEST_SAVE_S = 0.05  # a kill is aimed at so much of a commit
 LIMIT_S = 300.0  # of a whole run that nobody kills
-CONFIG = f"""
-model:
-  queries: proposals
-  refine_boxes: true
-  width: 32
-  num_heads: 2
-  encoder_layers: 1
-  decoder_layers: 2
-  ffn_width: 32
-  num_queries: 24
-  backbone: {{name: resnet10, norm: group, width: 16}}
-data: {{workers: 1, sizes: [64], max_size: 100, crop_resize: [48], crop_sizes: [32, 48]}}
-train: {{global_batch: 4, micro_batch: 2, epochs: 100, lr_drop_epochs: [2], checkpoint_every: {EVERY}}}
-engine: {{precision: fp32}}
-tracking: {{log_every: 1}}
-eval: {{every: 0}}
-"""
+SETTINGS = ["model.num_queries=24", "train.global_batch=4", "train.epochs=100", "train.lr_drop_epochs=[2]",
+            f"train.checkpoint_every={EVERY}", "eval.every=0"]  # fmt: skip
 # Before each of these; of openat those that write. What a file system is asked for when something is committed.
 CALLS = ("mkdir", "mkdirat", "openat", "creat", "write", "writev", "pwrite64", "copy_file_range", "sendfile",
          "ftruncate", "fallocate", "fsync", "fdatasync", "rename", "renameat", "renameat2", "link", "linkat", "unlink",
@@ -90,7 +75,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    set_forkserver_preload(PRELOADED)
+    set_forkserver_preload([*IMPORTED_BEFORE, "framework.train"])
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     faults: list[str] = []
     results = {}
@@ -123,7 +108,7 @@ def draw(folder: Path) -> None:
     process.start()
     process.join()
     assert process.exitcode == 0, (folder / "draw.txt").read_text()
-    (folder / "kills.yaml").write_text(CONFIG)
+    (folder / "kills.yaml").write_text(TINY)
 
 
 def _draw(folder: Path) -> None:
@@ -153,7 +138,7 @@ class Start:
         run.mkdir(parents=True, exist_ok=True)
         data = run.parent / "shards/train"
         arguments = ["--config", str(run.parent / "kills.yaml"), f"train.run_dir={run}", f"data.train={data}",
-                     *overrides]  # fmt: skip
+                     *SETTINGS, *overrides]  # fmt: skip
         port = free_port()
         self.ranks: list[BaseProcess] = [
             context().Process(target=_rank, args=(arguments, rank, world, port, self.out, gate))

@@ -12,6 +12,7 @@ from typing import NoReturn
 FAILED, MISUSED = 1, 2
 MAIN_RANK_FIRST_S = 3.0
 PEER_HAS_LEFT = ("onnection closed by peer", "onnection reset by peer", "roken pipe")  # gloo's words
+PEER_NEVER_CAME = ("DistStoreError", "DistNetworkError")  # torch's, while ranks look for each other
 
 
 class UsageError(ValueError):
@@ -35,7 +36,8 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     except (InputError, OSError) as error:
         code = _report(error, FAILED)
     except RuntimeError as error:
-        if not any(words in str(error) for words in PEER_HAS_LEFT):
+        left = any(words in str(error) for words in PEER_HAS_LEFT)
+        if not left and type(error).__name__ not in PEER_NEVER_CAME:
             raise
         code = _report("another process of this run has ended; its own message says why", FAILED)
         time.sleep(2 * MAIN_RANK_FIRST_S)

@@ -9,8 +9,6 @@ from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as multiprocessing
-
 IMPORTED_BEFORE = [
     "torch", "deepspeed", "framework.engine.ds_config", "framework.engine.ranks",
     # By deepspeed.initialize, for seconds:
@@ -28,6 +26,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         from framework.engine.ranks import init_ranks
 
         return [function(init_ranks(), *args)]
+    from torch import multiprocessing
+
     port = free_port()
     with tempfile.TemporaryDirectory() as results:
         set_forkserver_preload(IMPORTED_BEFORE)

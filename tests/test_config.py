@@ -10,7 +10,8 @@ from framework.config import Config, flatten
 from framework.errors import UsageError
 from tests.data.shards import make_sample, write_shards
 from tests.paths import REPOSITORY
-from tests.test_train import TINY, arguments
+from tests.runs import TINY
+from tests.test_train import arguments
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 TRAINABLE = "model.backbone.norm=group"

@@ -40,6 +40,15 @@ def test_what_a_user_can_cause_is_one_line(body, code, message):
     assert result.stdout == "some output\nexit handlers ran\n"
 
 
+@pytest.mark.parametrize(
+    "error", ["RuntimeError('Connection closed by peer')", "type('DistStoreError', (RuntimeError,), dict())()"]
+)
+def test_another_process_has_left_or_never_came(error):
+    result = run(f"import framework.errors as errors; errors.MAIN_RANK_FIRST_S = 0; raise {error}")
+    assert result.returncode == 1
+    assert result.stderr == "error: another process of this run has ended; its own message says why\n"
+
+
 def test_what_only_we_can_cause_keeps_its_traceback():
     result = run("assert False, 'ours'")
     assert result.returncode == 1 and "Traceback" in result.stderr and "ours" in result.stderr

@@ -117,6 +117,7 @@ class Checkpoints:
         except Exception as error:  # whatever it is: the run must not go on as if it were saved
             self.failure = f"checkpoint {folder} could not be written: {type(error).__name__}: {error}"
             log.error(self.failure)
+            shutil.rmtree(_unfinished(folder), ignore_errors=True)  # what it takes of a full disk
         else:
             log.info("saved %s in %.2g s", folder, time.perf_counter() - began)
             try:
@@ -202,7 +203,7 @@ def load_optimizer(folder: str | Path, engine: Any, ema: Ema | None = None) -> d
 
 def _write(folder: Path, tensors: dict[str, Tensor], fixed: dict[str, Tensor], state: dict[str, Any]) -> None:
     """tensors: by kind and name; see `Checkpoints.save`."""
-    temporary = folder.with_suffix(".tmp")
+    temporary = _unfinished(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     shown, kept = ("ema", ("weight", *MOMENTS)) if "ema_updates" in state else ("weight", MOMENTS)
@@ -227,6 +228,10 @@ def _folders(parent: Path) -> list[Path]:
     """Committed checkpoints, newest first."""
     found = [p for p in parent.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
     return sorted(found, key=lambda p: p.name, reverse=True)
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_suffix(".tmp")
 
 
 def _step_of(folder: Path) -> int:

@@ -58,6 +58,9 @@ def gather(engine: Any, shares: list[Share], pieces: Mapping[str, list[Tensor]],
     pieces: of each kind, what every share holds of it, in the shares' order. Collective.
     """
     whole: dict[str, Tensor] = {}
+    replicated = engine.zero_optimization_stage() == 0
+    if replicated and not (ranks.is_main or everywhere):
+        return whole
     for kind, held in pieces.items():
         mine = {share.name: (share, piece) for share, piece in zip(shares, held, strict=True)}
         for shapes in _portions(trainable_shapes(engine)):
@@ -67,7 +70,7 @@ def gather(engine: Any, shares: list[Share], pieces: Mapping[str, list[Tensor]],
                 if name in mine:
                     share, piece = mine[name]
                     view[share.start :][: share.numel].copy_(piece)
-            if engine.zero_optimization_stage() > 0:
+            if not replicated:
                 ranks.sum(flat)
             if ranks.is_main or everywhere:
                 whole |= {f"{kind}/{name}": view.cpu().view(shapes[name]) for name, view in views.items()}

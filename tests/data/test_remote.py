@@ -1,6 +1,5 @@
 """Shard sets behind a real HTTP server and a real S3-compatible one, both on loopback, that misbehave when told to."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from framework.errors import InputError, UsageError
 from tests.data.conftest import NUM_IMAGES
 from tests.data.shards import make_sample, write_shards
 from tests.data.test_loader import SMALL, digests, train_loader
+from tests.disk import fill, small_disk
 from tests.paths import REPOSITORY
 
 ROOM = 10**9
@@ -200,24 +200,16 @@ def test_a_cache_that_cannot_be_used_ends_the_run(server, tmp_path):
 
 
 def test_a_full_disk_ends_the_run(server, tmp_path):
-    """A real one: there is room for the first shard, then for half of the next."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
+    """There is room for the first shard, then for half of the next."""
     first, second = read_manifest(server.folder).shards[:2]
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk is not allowed")
-    try:
+    with small_disk(tmp_path / "disk") as disk:
         source = IndexedSource(server.url, Cache(disk / "cache", ROOM))
         source.read(0)
-        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-        (disk / "others").write_bytes(b"x" * (free - second.bytes // 2))
+        fill(disk, left=second.bytes // 2)
         with pytest.raises(InputError, match=r"cannot be used \(No space left on device\); data.cache names") as error:
             source.read(first.samples)
         assert type(error.value) is InputError and not list(source.folder.glob("*.partial"))
         assert not (source.folder / second.name).exists() and source.read(0)
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_room_is_reserved_and_taken_back_from_the_killed(server, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from framework.engine.ranks import Ranks
 from framework.engine.shares import gather, shares_of
 from framework.errors import InputError, UsageError
 from tests.data.shards import make_sample, write_shards
+from tests.disk import fill, small_disk
 from tests.distributed import run_ranks
 
 GLOBAL_BATCH = 8
@@ -231,6 +233,30 @@ def test_a_failed_write_is_an_error_on_every_rank_at_the_next_save(tmp_path):
     told = run_ranks(2, write_into_a_file, tmp_path)
     assert all("step-00000001 could not be written: FileExistsError" in message for message, _ in told)
     assert [failed for _, failed in told] == [True, False]  # so the main one can tell the others before
+
+
+def save_on_bad_disks(ranks: Ranks, disk: Path) -> list[str]:
+    """A full one and a read-only one, after one save that was possible; what went on from it."""
+    engine, run_dir, told = engine_of(ranks, 1), disk / "run", []
+    train(engine, ranks, range(1))
+    save(engine, run_dir, 1, ranks)
+    fill(disk, left=4096)
+    for step in (2, 3):
+        with pytest.raises(InputError) as error:
+            save(engine, run_dir, step, ranks)
+        told.append(str(error.value))
+        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    again = engine_of(ranks, 1, checkpoint.newest(run_dir))
+    return [*told, f"goes on from {checkpoint.load_optimizer(checkpoint.newest(run_dir), again)['step']}"]
+
+
+def test_a_full_and_a_read_only_disk_are_told_and_lose_nothing(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        ((full, read_only, after),) = run_ranks(1, save_on_bad_disks, disk)
+    assert "step-00000002 could not be written: " in full and "No space left on device" in full
+    assert "step-00000003 could not be written: OSError: " in read_only and "Read-only file system" in read_only
+    assert after == "goes on from 1" and "\n" not in full + read_only
 
 
 def save_step_four(ranks: Ranks, run_dir: Path) -> None:
