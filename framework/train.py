@@ -8,13 +8,14 @@ import argparse
 import logging
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from framework import config as configuration
-from framework.config import Config
+from framework.config import Config, TrainConfig
 from framework.data.loader import EvalLoader, TrainLoader, dead_workers_told
 from framework.data.order import DataState
 from framework.engine import checkpoint
@@ -98,31 +99,14 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     record_run(config, ranks, {"fingerprint": train_set.manifest.fingerprint, "start_weights": start})
     setup_logging(run_dir, ranks.is_main)
     sink = open_sink(run_dir, ranks.is_main, step)
-    if last:
-        log.info("resuming from %s", last)
-    else:
-        weights = "\n  ".join([f"{start['file']}:", *start["report"]]) if start else "random weights"
-        log.info("a fresh run in %s, from %s", run_dir, weights)
-    log.info(
-        "%d images, %d steps an epoch; global batch %d = %d ranks x %d images x %d accumulated; step %d of %d",
-        train_set.manifest.images, per_epoch, config.train.global_batch, ranks.world, config.train.micro_batch,
-        train_set.accumulation, step, end,
-    )  # fmt: skip
-    if (said := other_batch(config.optim, config.train.global_batch)) is not None:
-        log.info("%s", said)
+    say_what_begins(config, train_set, last, start, step, end)
 
     def validation_due() -> bool:
         return val_set is not None and (step == end or every(config.eval.every * per_epoch, step))
 
-    def kept(steps: list[int]) -> set[int]:
-        """Of the checkpoints, the newest first."""
-        best = best_evaluation(run_dir) if config.train.keep_best else None
-        epochs = {step for step in steps if every(config.train.keep_every_epochs * per_epoch, step)}
-        return {*steps[: config.train.keep_checkpoints], *epochs, *(best or ())[:1]}
-
     not_evaluated = ranks.all_gather_objects(not Path(run_dir, evaluation_name(step)).exists())[0]
     stopped_by, owed = None, False
-    with (Checkpoints(run_dir, ranks, kept) as checkpoints,
+    with (Checkpoints(run_dir, ranks, partial(kept_steps, config.train, per_epoch)) as checkpoints,
           progress(int(end), initial=step, description="training") as bar):  # fmt: skip
         if last is not None and validation_due() and not_evaluated:  # the last attempt ended before it
             validate(engine, ema, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
@@ -180,6 +164,30 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
         return SAVED
     log.info("done: step %d in %s", step, run_dir)
     return 0
+
+
+def say_what_begins(
+    config: Config, train_set: TrainLoader, last: Path | None, start: dict[str, Any] | None, step: int, end: float
+) -> None:
+    if last:
+        log.info("resuming from %s", last)
+    else:
+        weights = "\n  ".join([f"{start['file']}:", *start["report"]]) if start else "random weights"
+        log.info("a fresh run in %s, from %s", config.train.run_dir, weights)
+    log.info(
+        "%d images, %d steps an epoch; global batch %d = %d ranks x %d images x %d accumulated; step %d of %d",
+        train_set.manifest.images, train_set.steps_per_epoch, config.train.global_batch, train_set.world,
+        config.train.micro_batch, train_set.accumulation, step, end,
+    )  # fmt: skip
+    if (said := other_batch(config.optim, config.train.global_batch)) is not None:
+        log.info("%s", said)
+
+
+def kept_steps(train: TrainConfig, steps_per_epoch: int, steps: list[int]) -> set[int]:
+    """Whose checkpoints stay, of those there are, the newest first."""
+    best = best_evaluation(str(train.run_dir)) if train.keep_best else None
+    epochs = {step for step in steps if every(train.keep_every_epochs * steps_per_epoch, step)}
+    return {*steps[: train.keep_checkpoints], *epochs, *(best or ())[:1]}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

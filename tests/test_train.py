@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from framework import evaluate, train
+from framework.config import TrainConfig
 from framework.engine import checkpoint
 from framework.engine.lifecycle import SAVED
 from framework.errors import InputError, UsageError
@@ -214,6 +216,15 @@ def test_weights_that_no_rank_holds_whole_and_their_average(data, whole, tmp_pat
     assert best_checkpoint(run) == checkpoint.newest(run)
     trained, averaged = (checkpoint.read_weights(checkpoint.newest(one)) for one in (whole, run))
     assert any((trained[name] != averaged[name]).any() for name in trained)
+
+
+def test_which_checkpoints_stay(tmp_path):
+    for step, ap in ((10, 0.1), (30, 0.5), (60, 0.4)):
+        write_json(tmp_path / f"evaluation/step-{step:08d}.json", {"step": step, "AP": ap})
+    steps, settings = [65, 60, 50, 40, 30, 20, 10], TrainConfig(run_dir=str(tmp_path))
+    assert train.kept_steps(settings, 10, steps) == {65, 60, 30}
+    assert train.kept_steps(replace(settings, keep_best=False, keep_checkpoints=1), 10, steps) == {65}
+    assert train.kept_steps(replace(settings, keep_best=False, keep_every_epochs=2), 10, steps) == {65, 60, 40, 20}
 
 
 def test_bf16_resumes_too(data, tmp_path):
