@@ -193,7 +193,7 @@ def elastic(folder: Path) -> dict[str, Any]:
                 whole.setdefault((stage, world), (step, after, []))[2].extend(ids)
         assert len(found) == world
     rows, exact, worst, ids_wrong = [], 0, 0.0, 0
-    lengths = [len(after) for _, after, _ in whole.values()]
+    lengths = sorted(len(after) for _, after, _ in whole.values())
     for world in WORLDS:
         ranks = run_ranks(world, targets, shards, runs)
         for source, stage in ranks[0]:
@@ -207,7 +207,8 @@ def elastic(folder: Path) -> dict[str, Any]:
             ids_wrong += len(ids) != len(set(ids)) or len(ids) != (step + len(resumed)) * GLOBAL_BATCH
             rows.append({"from ZeRO": source[0], "on": source[1], "to ZeRO": stage, "on processes": world, "at step":
                          step, "largest relative difference": difference})  # fmt: skip
-    return {"pairs of one kind": summary(rows), "pairs": len(rows), "steps after it": f"{min(lengths)} to {max(lengths)}",
+    return {"pairs of one kind": summary(rows), "pairs": len(rows), "steps after it":
+            f"{lengths[0]} to {lengths[-1]}",
             "same stage and world, bit-equal": f"{exact} of {len(whole)}", "largest relative difference": worst,
             "pairs in which an image was missed or seen twice": ids_wrong}  # fmt: skip
 
