@@ -718,6 +718,7 @@ def calls_of(trace: str) -> Iterator[Call]:
         paths = [path.partition("checkpoints")[2].strip("/") or "checkpoints"
                  for path in re.findall(r'[<"]([^<>"]*/checkpoints[^<>"]*)', rest.partition(") = ")[0])]  # fmt: skip
         paths = [re.sub(r"/\.tmp\w+", "/.tmp", path) for path in paths]  # safetensors, before it renames
+        paths = [re.sub(r"\.[0-9a-f]{8}\.tmp", ".tmp", path) for path in paths]  # the writer
         names = re.findall(r'>, "([^"/]+)"', rest)
         yield Call(name, counts[name], " -> ".join(paths) + "".join(f"/{one}" for one in names))
 

@@ -7,6 +7,7 @@ python -m framework.train --config ...                                          
 import argparse
 import logging
 import math
+import os
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,11 @@ from framework.engine.checkpoint import Checkpoints
 from framework.engine.ds_config import deepspeed_config, start_engine
 from framework.engine.ema import Ema
 from framework.engine.guard import Guard
+from framework.engine.incarnation import Incarnation
 from framework.engine.lifecycle import SAVED, Lifecycle, patience
 from framework.engine.optimizer import build_optimizer, learning_rates, other_batch, set_learning_rates
-from framework.engine.ranks import Ranks, init_ranks
+from framework.engine.preflight import Preflight
+from framework.engine.ranks import Ranks, init_ranks, numbers
 from framework.engine.rehearsal import rehearse
 from framework.engine.step import train_step
 from framework.errors import InputError, UsageError, command
@@ -37,6 +40,7 @@ from framework.tracking.console import progress, setup_logging
 from framework.tracking.meter import Meter
 from framework.tracking.run_folder import best_evaluation, evaluation_name, record_run, refuse_other_run
 from framework.tracking.sink import open_sink
+from framework.tracking.stragglers import Stragglers
 from framework.validation import validate
 
 log = logging.getLogger("tenfold")
@@ -51,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     config = configuration.load(args.config, args.overrides)
     hang_s = 60 * config.train.hang_minutes
-    ranks = init_ranks(patience(hang_s))
-    setup_logging(None, ranks.is_main)
+    setup_logging(None, is_main=numbers()[0] == 0)
+    ranks = init_ranks(patience(hang_s), Preflight(config))
     with Lifecycle(ranks, str(config.train.run_dir), hang_s).watching() as lifecycle:
         return run(config, ranks, lifecycle)
 
@@ -62,12 +66,13 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     run_dir = str(config.train.run_dir)
     train_set, val_set = open_data(config, ranks)
     ranks.refuse_different({"data.train": train_set.manifest.fingerprint,
-                            "data.val": val_set.manifest.fingerprint if val_set else None})  # fmt: skip
+                            "data.val": None if val_set is None else val_set.manifest.fingerprint})  # fmt: skip
     config = with_num_classes(config, train_set)
     refuse_too_many_boxes(config, train_set)
     at = DataState(train_set.manifest.fingerprint, config.train.seed, 0, 0, config.train.global_batch)
+    refuse_other_run(config, at, checkpoint.newest_on_all(run_dir, ranks))
+    incarnation = Incarnation(run_dir, ranks)  # from here on no earlier one writes
     last = checkpoint.newest_on_all(run_dir, ranks)
-    refuse_other_run(config, at, last)
 
     torch.manual_seed(config.train.seed)
     detector = build_detector(config.model)
@@ -89,7 +94,9 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
     if last is not None:
         checkpoint.load_optimizer(last, engine, ema)
-    meter, guard = Meter(ranks, state.get("bad_samples", ())), Guard(config.guard, ranks, state.get("guard"))
+    stragglers = Stragglers(ranks, detector, os.environ) if ranks.world > 1 else None
+    meter = Meter(ranks, state.get("bad_samples", ()), stragglers)
+    guard = Guard(config.guard, ranks, state.get("guard"))
     if config.train.rehearse and ranks.device.type == "cuda":
         rehearse(engine, criterion, *train_set.largest(at.epoch), ranks=ranks)
 
@@ -106,7 +113,8 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
 
     not_evaluated = ranks.all_gather_objects(not Path(run_dir, evaluation_name(step)).exists())[0]
     stopped_by, owed = None, False
-    with (Checkpoints(run_dir, ranks, partial(kept_steps, config.train, per_epoch)) as checkpoints,
+    kept = partial(kept_steps, config.train, per_epoch)
+    with (Checkpoints(run_dir, ranks, kept, incarnation.refuse_overtaken) as checkpoints,
           progress(int(end), initial=step, description="training") as bar):  # fmt: skip
         if last is not None and validation_due() and not_evaluated:  # the last attempt ended before it
             validate(engine, ema, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)
@@ -117,7 +125,7 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
                     drop_epochs=config.train.lr_drop_epochs,
                 )  # fmt: skip
                 set_learning_rates(engine.optimizer, rates)
-                lifecycle.ask(not_saved=checkpoints.failure is not None)
+                lifecycle.ask(incarnation.overtaken() or checkpoints.failure)
                 metrics = train_step(
                     engine, criterion, micro_batches, ranks=ranks, seed=config.train.seed, step=step, guard=guard
                 )  # fmt: skip
@@ -150,7 +158,7 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
                             "bad_samples": sorted(meter.bad_samples), "start_weights": start, "guard": guard.state(),
                         }, ema)  # fmt: skip
                     if validation_due() and not stopped_by:
-                        lifecycle.ask()  # it takes long, and is made up for
+                        lifecycle.ask(incarnation.overtaken())  # it takes long, and is made up for
                         stopped_by = lifecycle.told_to_stop()
                     if validation_due() and not stopped_by:
                         validate(engine, ema, val_set, config, ranks, sink, step, step / per_epoch, lifecycle)

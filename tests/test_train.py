@@ -289,4 +289,4 @@ def test_start_weights_of_the_wrong_kind(data, whole, tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             train.main(arguments(data, tmp_path / "run", *overrides))
-        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "run/config.yaml").exists()

@@ -9,8 +9,8 @@ as a whole.
         MANIFEST.json           size and sha256 of the three
 
 Dropout and augmentation draw from (seed, step) and (seed, epoch, image), so no generator has a state to keep.
-Commit: everything is written to step-N.tmp and synced, the manifest last; then the folder is renamed. Readers take
-the newest folder whose manifest verifies.
+Commit: everything is written to step-N.<writer>.tmp and synced, the manifest last; then the folder is renamed. Readers
+take the newest folder whose manifest verifies.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import re
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from framework.models.weights import WEIGHTS_FILE
 log = logging.getLogger("tenfold")
 
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter")
+WRITER = uuid.uuid4().hex[:8]  # this process: one that should have ended may still write under the name of its own
 OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE = "optimizer.safetensors", "state.json", "MANIFEST.json"
 
 
@@ -58,10 +60,14 @@ class Checkpoints:
     The tensors are in host memory by then. Where there is less memory left than they take, training waits.
     keep: given the steps of the newest checkpoint and of all before it, the steps of those that stay; what claims to
         be newer did not verify, or this run would be after it, and goes.
+    refuse: raises when this run may not write any more; asked last before a checkpoint becomes one.
     """
 
-    def __init__(self, run_dir: str | Path, ranks: Ranks, keep: Callable[[list[int]], set[int]]) -> None:
-        self.run_dir, self.ranks, self.keep = Path(run_dir), ranks, keep
+    def __init__(
+        self, run_dir: str | Path, ranks: Ranks, keep: Callable[[list[int]], set[int]],
+        refuse: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.run_dir, self.ranks, self.keep, self.refuse = Path(run_dir), ranks, keep, refuse
         self.failure: str | None = None
         self._thread: threading.Thread | None = None
 
@@ -113,7 +119,7 @@ class Checkpoints:
     def _write(self, state: dict[str, Any], tensors: dict[str, Tensor], fixed: dict[str, Tensor]) -> None:
         folder, began = folder_of(self.run_dir, state["step"]), time.perf_counter()
         try:
-            _write(folder, tensors, fixed, state)
+            _write(folder, tensors, fixed, state, self.refuse)
         except Exception as error:  # whatever it is: the run must not go on as if it were saved
             self.failure = f"checkpoint {folder} could not be written: {type(error).__name__}: {error}"
             log.error(self.failure)
@@ -201,7 +207,10 @@ def load_optimizer(folder: str | Path, engine: Any, ema: Ema | None = None) -> d
     return state
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], fixed: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _write(
+    folder: Path, tensors: dict[str, Tensor], fixed: dict[str, Tensor], state: dict[str, Any],
+    refuse: Callable[[], None],
+) -> None:  # fmt: skip
     """tensors: by kind and name; see `Checkpoints.save`."""
     temporary = _unfinished(folder)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -219,6 +228,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], fixed: dict[str, Tensor], s
     (temporary / MANIFEST_FILE).write_text(json.dumps({"step": state["step"], "files": files}, indent=1))
     sync(temporary / MANIFEST_FILE)
     sync(temporary)
+    refuse()
     shutil.rmtree(folder, ignore_errors=True)  # only a broken one of the same step can be in the way
     temporary.rename(folder)
     sync(folder.parent)
@@ -231,7 +241,7 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _unfinished(folder: Path) -> Path:
-    return folder.with_suffix(".tmp")
+    return folder.with_name(f"{folder.name}.{WRITER}.tmp")
 
 
 def _step_of(folder: Path) -> int:

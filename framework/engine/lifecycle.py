@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 
 from framework.engine.ranks import Ranks
+from framework.errors import InputError
 
 log = logging.getLogger("tenfold")
 
 SAVED, HUNG = 85, 86  # exit codes
 # SLURM warns by USR2 as asked, and ends a job by CONT and TERM.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGCONT)
-NOT_SAVED = 1000  # in the place of a signal's number
+FAULT = 1000  # in the place of a signal's number
 LOOKS = 20  # without a sign of life between them: hung; by their number, since a process that is suspended has no time
 
 MOST_GRACE_S = 60.0
@@ -49,6 +50,7 @@ class Lifecycle:
             dist.new_group(backend="gloo", timeout=patience(hang_s)) if on_gpus else None
         )  # no GPU has to be waited for
         self._flag, self._work = torch.zeros(1), None
+        self._fault: str | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["Lifecycle"]:
@@ -84,21 +86,24 @@ class Lifecycle:
         """A sign of life from what reports progress."""
         self.alive()
 
-    def ask(self, not_saved: bool = False) -> None:
-        """Before a step: begin to tell the others; also that a checkpoint could not be written. Collective."""
-        self._flag.fill_(NOT_SAVED if not_saved else self.signal)
+    def ask(self, fault: str | None = None) -> None:
+        """Before a step: begin to tell the others; also why the run cannot go on. Collective."""
+        self._fault = fault
+        self._flag.fill_(FAULT if fault else self.signal)
         if self.ranks.world > 1:
             self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def told_to_stop(self) -> str | None:
-        """After the step: the name of the signal that any rank had got when it was asked, or what else stops the run;
-        the same on all."""
+        """After the step: the name of the signal that any rank had got when it was asked; the same on all.
+
+        Raises InputError on every rank when one had a fault.
+        """
         self.alive()
         if self._work is not None:
             self._work.wait()
         number = int(self._flag.item())
-        if number == NOT_SAVED:
-            return "a checkpoint that could not be written"
+        if number == FAULT:
+            raise InputError(next(filter(None, self.ranks.all_gather_objects(self._fault))))
         return signal.Signals(number).name if number else None
 
     def _watch(self, ended: threading.Event) -> None:

@@ -6,13 +6,18 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
+from framework.engine import slurm
 from framework.errors import UsageError
+
+ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+STORE_PATIENCE = timedelta(minutes=5)  # for rank 0 to begin: on a cold file system importing torch takes minutes
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,40 @@ class Ranks:
             dist.barrier()
 
 
-def init_ranks(patience: timedelta | None = None) -> Ranks:
-    """Join the process group that the launcher's environment describes; alone where there is no launcher.
+class Meeting(Protocol):
+    """What the ranks do before and after they have a process group; see `preflight.Preflight`."""
+
+    def meet(self, store: dist.Store, rank: int, world: int) -> None: ...
+
+    def reduce(self, device: torch.device) -> None: ...
+
+
+def numbers() -> tuple[int, int, int]:
+    """Rank, world and local rank, from a launcher's environment or SLURM's, which torch's variables then say too."""
+    if slurm.launched_by_slurm(os.environ):
+        os.environ.update(slurm.distributed_environment(os.environ))
+    found = {name: int(os.environ.get(name, alone)) for name, alone in ALONE.items()}
+    os.environ.update({name: str(number) for name, number in found.items()})
+    return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
+
+
+def init_ranks(patience: timedelta | None = None, meeting: Meeting | None = None) -> Ranks:
+    """Join the process group that the launcher's environment, or SLURM's, describes; alone where there is neither.
 
     One GPU a process where there are GPUs (nccl), otherwise, or with DS_ACCELERATOR=cpu, the CPU's cores are shared
-    out (gloo). patience: with the others in collectives (None: DeepSpeed's, ten minutes).
-    Raises UsageError: more processes than GPUs.
+    out (gloo). patience: with the others in collectives (None: torch's, minutes).
+    Raises UsageError: more processes than GPUs; rank 0 is not found, or its port is taken; what the meeting refuses.
     """
     import deepspeed
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local_rank)})
+    rank, world, local_rank = numbers()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    store = None
+    if world > 1 and not dist.is_initialized():
+        store = _open_store(rank, world)
+        if meeting is not None:
+            meeting.meet(store, rank, world)
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         if local_rank >= torch.cuda.device_count():
             raise UsageError(f"--num_gpus: process {local_rank} of this machine has no GPU, there are "
@@ -85,11 +110,38 @@ def init_ranks(patience: timedelta | None = None) -> Ranks:
         # By its name: the attribute deepspeed.comm.torch is torch itself.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     if not dist.is_initialized():
-        waits = {} if patience is None else {"timeout": patience}
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, **waits)
+        waits = patience or default_pg_timeout
+        if store is not None:
+            dist.init_process_group(backend, timeout=waits, store=store, rank=rank, world_size=world)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=waits)
         if backend == "gloo":  # whose threads abort a process that exits with the group still open
             atexit.register(dist.destroy_process_group)
+        if store is not None and meeting is not None:
+            meeting.reduce(device)
     return Ranks(rank, world, local_rank, device)
+
+
+def _open_store(rank: int, world: int) -> dist.Store:
+    """Which rank 0 serves, but under torchrun, whose agent does."""
+    host, port, here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = rank == 0 and not agent
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise UsageError(f"MASTER_ADDR: {here} does not know the name {host} ({error.strerror}); set MASTER_ADDR to "
+                         "the address of the first node") from error  # fmt: skip
+    try:
+        store = dist.TCPStore(host, port, world, serves, STORE_PATIENCE, wait_for_workers=False)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if serves:
+            raise UsageError(f"MASTER_PORT: something else listens at port {port} of {here} ({said}); set MASTER_PORT "
+                             "to a free one") from error  # fmt: skip
+        raise UsageError(f"MASTER_ADDR, MASTER_PORT: rank {rank} on {here} finds no rank 0 at {host}:{port} ({said}); "
+                         "it has ended, or is not reached") from error  # fmt: skip
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent else "0"
+    return dist.PrefixStore(f"tenfold/{attempt}", store)
 
 
 def _free_port() -> int:

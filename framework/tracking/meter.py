@@ -12,6 +12,7 @@ from torch import Tensor
 
 from framework.data.batch import Batch
 from framework.engine.ranks import Ranks
+from framework.tracking.stragglers import Stragglers
 
 log = logging.getLogger("tenfold")
 
@@ -21,9 +22,9 @@ T = TypeVar("T")
 class Meter:
     """Sums stay on the device until `read`, so that a step never waits for its numbers."""
 
-    def __init__(self, ranks: Ranks, bad_samples: Iterable[str] = ()):
+    def __init__(self, ranks: Ranks, bad_samples: Iterable[str] = (), stragglers: Stragglers | None = None):
         """bad_samples: messages of those that an earlier attempt of this run met."""
-        self.ranks = ranks
+        self.ranks, self.stragglers = ranks, stragglers
         self.bad_samples = set(bad_samples)
         self._reset()
 
@@ -64,13 +65,18 @@ class Meter:
         """Means over the steps since the last call and over ranks; distinct bad samples of the run. Collective."""
         names = list(self.sums)
         waited = self.waited_s / max(time.perf_counter() - self.started, 1e-9)
-        others = torch.tensor([waited, float(self.images), float(len(self.bad_here))], device=self.ranks.device)
-        summed = self.ranks.sum(torch.cat([*(self.sums[n].view(1) for n in names), others]))
-        *means, waited, images, newly_bad = summed.tolist()
+        others = torch.tensor([float(self.images), float(len(self.bad_here))], device=self.ranks.device)
+        own = torch.zeros(2, self.ranks.world)  # a column for each rank
+        own[:, self.ranks.rank] = torch.tensor([waited, self.stragglers.forward_s() if self.stragglers else 0.0])
+        summed = self.ranks.sum(torch.cat([*(self.sums[n].view(1) for n in names), others, own.view(-1).to(others)]))
+        *means, images, newly_bad = summed[: -2 * self.ranks.world].tolist()
+        waited_W, forward_s_W = summed[-2 * self.ranks.world :].cpu().view(2, -1)
         values = {name: mean / (self.steps * self.ranks.world) for name, mean in zip(names, means, strict=True)}
         # After the sum, which waits for the device: the time the steps really took.
         values["throughput/images_per_s"] = images / (time.perf_counter() - self.started)
-        values["throughput/data_wait"] = waited / self.ranks.world
+        values["throughput/data_wait"] = float(waited_W.mean())
+        if self.stragglers is not None:
+            values |= self.stragglers.values(forward_s_W, waited_W)
         if newly_bad:  # the same number on every rank
             self._share_bad_samples()
         values["data/bad_samples"] = float(len(self.bad_samples))

@@ -1,5 +1,6 @@
 """The folder of a run: the configuration it was started with, where and with what it runs, its evaluations."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -88,16 +89,30 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
-        "commit": _git_commit(),
+        "commit": code_version(),
         "world": ranks.world,
         "device": torch.cuda.get_device_name(ranks.device) if cuda else f"CPU, {len(os.sched_getaffinity(0))} cores",
     }
 
 
-def _git_commit() -> str | None:
-    """The commit of the source this runs from, with + where it was changed since."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+def code_version() -> str:
+    """The commit of the source this runs from, with + where it was changed since, and a hash of what it is.
+
+    A copy of the source has the commit in a file COMMIT.
+    """
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("framework/**/*.py"), *root.glob("ops/**/*.py"), *root.glob("data_tools/*.py")]):
+        digest.update(path.read_bytes())
+    return f"{commit_of(root)}, sources {digest.hexdigest()[:12]}"
+
+
+def commit_of(root: Path) -> str:
+    named = root / "COMMIT"
+    if named.exists():
+        return named.read_text().strip()
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
+        return "unknown commit"

@@ -16,7 +16,7 @@ from framework.engine.checkpoint import Checkpoints
 from framework.engine.ds_config import EngineConfig, deepspeed_config, start_engine
 from framework.engine.ema import Ema
 from framework.engine.optimizer import OptimConfig, build_optimizer, learning_rates, set_learning_rates
-from framework.engine.ranks import Ranks
+from framework.engine.ranks import Ranks, init_ranks
 from framework.engine.shares import gather, shares_of
 from framework.errors import InputError, UsageError
 from tests.data.shards import make_sample, write_shards
@@ -217,6 +217,23 @@ def test_files_hold_names_and_no_pickle(saved):
     assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
 
 
+def test_one_that_may_not_write_any_more_leaves_no_checkpoint(tmp_path):
+    ranks, allowed = init_ranks(), [True, False]
+
+    def refuse() -> None:
+        if not allowed.pop(0):
+            raise InputError("another has taken over")
+
+    engine = engine_of(ranks, 1)
+    train(engine, ranks, range(1))
+    with Checkpoints(tmp_path, ranks, set, refuse) as checkpoints:
+        checkpoints.save(engine, {"step": 1})
+        checkpoints.save(engine, {"step": 2})
+        with pytest.raises(InputError, match="another has taken over"):
+            checkpoints.finish()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
 def write_into_a_file(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
     engine = engine_of(ranks, 1)
     with Checkpoints(run_dir, ranks, set) as checkpoints:
@@ -228,10 +245,9 @@ def write_into_a_file(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
 
 
 def test_a_failed_write_is_an_error_on_every_rank_at_the_next_save(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/step-00000001.tmp").write_text("in the way of a folder")
+    (tmp_path / "checkpoints").write_text("in the way of a folder")
     told = run_ranks(2, write_into_a_file, tmp_path)
-    assert all("step-00000001 could not be written: FileExistsError" in message for message, _ in told)
+    assert all("step-00000001 could not be written: NotADirectoryError" in message for message, _ in told)
     assert [failed for _, failed in told] == [True, False]  # so the main one can tell the others before
 
 

@@ -1,0 +1,81 @@
+# The body of the batch scripts here, which source it: one rank a GPU, until they are done, have saved, or have failed.
+#
+#   TENFOLD_PYTHON   of the environment, on every node; default: .venv of the folder it was submitted from, or python3
+#   TENFOLD_COPY_TO  a folder on the disk of each node: the shards are copied there first, once
+#
+# Exit code: that of training. 85 (saved), 86 (hung) and ranks that were killed put the job back into the queue.
+set -uo pipefail
+
+tell() { printf '%s %s\n' "$(date +%T)" "$*"; }
+fail() { echo "error: $*" >&2; exit 2; }
+
+run_job() {  # [--config FILE] [key=value ...]
+  cd "$SLURM_SUBMIT_DIR" || fail "$SLURM_SUBMIT_DIR is not there on $(hostname); submit from a folder that all nodes share"
+  local restart=${SLURM_RESTART_COUNT:-0} job=runs/jobs/$SLURM_JOB_ID python=${TENFOLD_PYTHON:-}
+  local code=$job/code logs=$job/logs/$restart arguments=() given=$#
+  if [ -z "$python" ]; then
+    if [ -x .venv/bin/python ]; then python=$PWD/.venv/bin/python; else python=python3; fi
+  fi
+  command -v "$python" >/dev/null || fail "TENFOLD_PYTHON: $python is not there on $(hostname)"
+  tell "job $SLURM_JOB_ID, start $((restart + 1)), on $SLURM_JOB_NODELIST; code, configuration and logs in $job"
+
+  # Its own copy of the code from the second start on.
+  local begin=launch/begin.py
+  [ -f "$job/config.yaml" ] && begin=$code/launch/begin.py
+  "$python" "$begin" "$job" "$@" || exit $?
+  . "$code/launch/env.sh"
+  export PYTHONPATH=$PWD/$code${PYTHONPATH:+:$PYTHONPATH}
+
+  # srun does not take --cpus-per-task from the job (since 22.05).
+  local step=(srun --kill-on-bad-exit=1)
+  [ -n "${SLURM_CPUS_PER_TASK:-}" ] && step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+  mapfile -t arguments < <(copy_shards "$job")
+  mkdir -p "$logs"
+  "${step[@]}" --output="$logs/rank-%4t.log" "$python" "$code/framework/train.py" --config "$job/config.yaml" \
+    "${arguments[@]}" 2> >(tee "$logs/srun.txt" >&2) &
+  local srun=$! code_of=0 stopping=
+  # Traps and `wait`: a trap comes through while this shell waits for a child in the background, and only then.
+  trap 'stopping=USR2; tell "time is nearly up: the ranks are told to save"; kill -USR2 $srun' USR2
+  trap 'stopping=TERM' TERM CONT  # SLURM tells the ranks itself
+  touch "$logs/rank-0000.log"
+  tail -n +1 --follow=name --pid=$srun "$logs/rank-0000.log" 2>/dev/null &
+  local tail=$!
+  while kill -0 $srun 2>/dev/null; do wait $srun; code_of=$?; done
+  wait $tail 2>/dev/null
+  # What other ranks met, which the console of rank 0 does not show.
+  cat "$logs"/rank-*.log | grep '^error: ' | sort | uniq -c | sort -rn | head -20
+  # Whoever left first is the cause: srun's own exit code is the highest of all, those it ended included.
+  if [[ $(grep -m 1 -E 'error: .*tasks? [0-9,-]+: ' "$logs/srun.txt") =~ "Exited with exit code "([0-9]+) ]]; then
+    code_of=${BASH_REMATCH[1]}
+  fi
+  end_job "$code_of" "$job"
+}
+
+copy_shards() {  # prints the keys that change
+  local job=$1 key from name to
+  [ -n "${TENFOLD_COPY_TO:-}" ] || return 0
+  while IFS=$'\t' read -r key from name; do
+    to=$TENFOLD_COPY_TO/$name
+    tell "copying $from to $to on every node" >&2
+    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
+      [ -d "$2" ] && exit 0
+      mkdir -p "$(dirname "$2")" && cp -r "$1" "$2.$SLURM_JOB_ID" && { mv -T "$2.$SLURM_JOB_ID" "$2" || [ -d "$2" ]; }
+    ' copy "$from" "$to" </dev/null >&2 || { tell "not copied: the shards are read where they are" >&2; continue; }
+    echo "$key=$to"
+  done < "$job/shards.tsv"
+}
+
+end_job() {  # exit code of the ranks, folder of the job
+  case $1 in
+    0) tell "done"; exit 0 ;;
+    85) tell "saved, and back into the queue" ;;
+    86) tell "hung (runs/.../hung-rank*.txt say where), and back into the queue" ;;
+    *) if [ "$1" -le 128 ]; then tell "failed with exit code $1; logs in $2/logs"; exit "$1"; fi
+       tell "a rank was killed by signal $(($1 - 128)), and back into the queue" ;;
+  esac
+  scontrol requeue "$SLURM_JOB_ID" || exit "$1"
+  sleep 60  # SLURM ends this script
+  exit "$1"
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ] || fail "this is a batch script of SLURM: sbatch $0 [--config FILE] [key=value ...]; on one machine without SLURM: deepspeed framework/train.py --config FILE"

@@ -1,0 +1,116 @@
+"""Two real processes that meet; what is wrong with one is told on both."""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from framework.config import load
+from framework.engine.preflight import Preflight, found_faults, gpu_faults
+from framework.engine.ranks import Ranks
+from framework.errors import UsageError
+from tests.distributed import free_port, run_ranks
+
+BASE = ["model.backbone.norm=group", "eval.every=0"]
+
+
+def meets(ranks: Ranks, port: int, folder: str, settings: list[str], env: dict[str, str], wait_s: float) -> str:
+    """What is told, "" for nothing. What is in settings and env is for rank 1."""
+    store = dist.TCPStore("127.0.0.1", port, ranks.world, ranks.is_main, timedelta(seconds=30), wait_for_workers=False)
+    common = {"LOCAL_RANK": "0", "SLURMD_NODENAME": f"n{ranks.rank + 1}"}
+    overrides = [*BASE, f"train.run_dir={folder}/run", *(settings if ranks.rank else [])]
+    meeting = Preflight(load(None, overrides), {**common, **(env if ranks.rank else {})})
+    if env.get("absent") and ranks.rank:
+        time.sleep(wait_s + 1)
+        return ""
+    try:
+        meeting.meet(store, ranks.rank, ranks.world, wait_s)
+        meeting.reduce(ranks.device)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def told(tmp_path: Path, *settings: str, env: dict[str, str] | None = None, wait_s: float = 20.0) -> list[str]:
+    return run_ranks(2, meets, free_port(), str(tmp_path), list(settings), env or {}, wait_s)
+
+
+def test_ranks_that_agree_meet(tmp_path):
+    assert told(tmp_path) == ["", ""]
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_shards_that_one_node_does_not_see(tmp_path):
+    missing = f"data.train={tmp_path}/elsewhere"
+    assert told(tmp_path, missing) == 2 * [f"n2: data.train: {tmp_path}/elsewhere is not there"]
+
+
+def test_a_run_folder_on_the_disk_of_a_node(tmp_path):
+    faults = told(tmp_path, f"train.run_dir={tmp_path}/local", wait_s=4.0)
+    assert faults == 2 * [f"train.run_dir: {tmp_path}/local on n2 is not the folder that rank 0 sees; expected one "
+                          "that all machines share"]  # fmt: skip
+
+
+def test_fewer_gpus_than_processes(tmp_path):
+    faults = told(tmp_path, env={"SLURM_GPUS_ON_NODE": "1", "LOCAL_WORLD_SIZE": "2"})
+    assert all(fault.startswith("n2: 2 processes, and SLURM gave 1 GPUs") for fault in faults)
+
+
+def test_gpus_that_torch_does_not_see():
+    env = {"LOCAL_RANK": "0", "SLURM_GPUS_ON_NODE": "64", "LOCAL_WORLD_SIZE": "64"}
+    assert "sees" in gpu_faults(env)[0]
+    assert "DS_ACCELERATOR=cpu" in gpu_faults(env)[0]
+    assert gpu_faults({**env, "DS_ACCELERATOR": "cpu"}) == []
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path):
+    faults = told(tmp_path, env={"absent": "1"}, wait_s=3.0)
+    assert faults[0].startswith("rank 1 did not come within 3 s; those on n1 did")
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "run").write_text("a file in its place")
+    faults = told(tmp_path)
+    assert len(set(faults)) == 1
+    assert faults[0].startswith(f"train.run_dir: {tmp_path}/run cannot be written to on n1: ")
+
+
+def report(host: str, **changes: str) -> dict:
+    same = {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "code": "c0ffee", "library": "abc"}
+    return {"host": host, "cuda": None, **same, "faults": [], **changes}
+
+
+def test_what_differs_is_told_by_host():
+    seen = 3 * [{"skew": 0.1, "fault": None}]
+    assert found_faults([report("n1"), report("n2"), report("n3")], seen) == []
+    assert found_faults([report("n1"), report("n2"), report("n3", torch="2.12.0")], seen) == [
+        "torch: not the same everywhere: 2.13.0 on n1, n2; 2.12.0 on n3"
+    ]
+    (code,) = found_faults([report("n1"), report("n2", code="0ld"), report("n3", code=None)], seen)
+    assert code == "code: not the same everywhere: c0ffee on n1; 0ld on n2"
+    late = [*seen[:2], {"skew": -95.0, "fault": None}]
+    assert found_faults([report("n1"), report("n2"), report("n3")], late) == [
+        "the clock of n3 is -95 s off that of n1; expected within 30 s"
+    ]
+
+
+def stops_in_the_middle(ranks: Ranks, port: int, folder: str) -> str:
+    store = dist.TCPStore("127.0.0.1", port, ranks.world, ranks.is_main, timedelta(seconds=30), wait_for_workers=False)
+    meeting = Preflight(load(None, [*BASE, f"train.run_dir={folder}"]), {"SLURMD_NODENAME": f"n{ranks.rank + 1}"})
+    meeting.meet(store, ranks.rank, ranks.world, 20.0)
+    if ranks.rank:
+        store.wait(["told"], timedelta(seconds=30))  # and no all-reduce
+        return ""
+    try:
+        meeting.reduce(ranks.device, wait_s=1.0)
+    except UsageError as error:
+        return str(error)
+    finally:
+        store.set("told", "")
+    return ""
+
+
+def test_an_all_reduce_that_does_not_return_names_who_is_not_in_it(tmp_path):
+    fault, _ = run_ranks(2, stops_in_the_middle, free_port(), str(tmp_path))
+    assert "rank 1 on n2 did not begin it" in fault
