@@ -142,6 +142,9 @@ class Job:
                     found[int(variables["SLURM_PROCID"])] = int(process.name)
         return found
 
+    def kill_rank(self, rank: int, restart: int = 0) -> None:
+        os.kill(self.rank_pids(restart)[rank], signal.SIGKILL)
+
     def losses(self) -> dict[int, float]:
         return {line["step"]: line["loss/total"] for line in read_lines(self.run_dir / "metrics.jsonl")
                 if "loss/total" in line}  # fmt: skip
@@ -273,7 +276,7 @@ def t3_killed_in_a_step(lab: Lab) -> Outcome:
     """SIGKILL of one rank, inside a step"""
     job = lab.submit()
     job.wait_for_step(FAULT_STEP)
-    os.kill(job.rank_pids()[3], signal.SIGKILL)
+    job.kill_rank(3)
     job.wait_for_requeue()
     return job, 1, 0.0
 
@@ -283,7 +286,7 @@ def t3_killed_in_a_save(lab: Lab) -> Outcome:
     job = lab.submit(save_pace_s=0.6)
     job.wait_for("second save", lambda: any("step-00000008" in p.name and p.name.endswith(".tmp")
                                             for p in job.run_dir.glob("checkpoints/*")))  # fmt: skip
-    os.kill(job.rank_pids()[0], signal.SIGKILL)
+    job.kill_rank(0)
     job.wait_for_requeue()
     assert not (job.run_dir / "checkpoints/step-00000008").exists()
     return job, 1, 0.0
@@ -291,8 +294,8 @@ def t3_killed_in_a_save(lab: Lab) -> Outcome:
 
 def t4_lost_daemon(lab: Lab) -> Outcome:
     """kill -9 of the slurmd of the main rank: SLURM starts the job elsewhere, its ranks live on"""
-    job = lab.submit(nodes=1, pace_s=1.5)  # all ranks on that node, so that nothing but the fence ends them
-    job.wait_for_step(FAULT_STEP)
+    job = lab.submit(nodes=1, pace_s=8.0)  # all ranks on that node, so that nothing but the fence ends them
+    job.wait_for_step(5)
     node = job.shown()["NodeList"]
     left = job.rank_pids()
     os.kill(daemons(lab.cluster.folder)[f"slurmd-{node}"], signal.SIGKILL)
@@ -344,15 +347,21 @@ def t8_damaged_checkpoint(lab: Lab) -> Outcome:
     job.wait_for_step(FAULT_STEP)
     lab.cluster.run("scancel", "--batch", "--signal=USR2", job.id)
     job.wait_for_requeue()
+    damaged = damage_newest(job)
+    job.wait_for_step(FAULT_STEP + 2, restart=1)
+    assert job.said(f"{damaged} is not used")
+    return job, 1, 0.0
+
+
+def damage_newest(job: Job) -> Path:
+    """A bit of the newest checkpoint; returns it."""
     newest = max(job.run_dir.glob("checkpoints/step-????????"))
     with open(newest / "weights.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
-    job.wait_for_step(FAULT_STEP + 2, restart=1)
-    assert job.said(f"{newest} is not used")
-    return job, 1, 0.0
+    return newest
 
 
 def t9_full_disk(lab: Lab) -> Outcome:

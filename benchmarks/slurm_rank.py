@@ -1,8 +1,8 @@
 """A `python` for the jobs of benchmarks.slurm: the same trainer, which also writes down what it did.
 
 For each step of each rank a line in $TENFOLD_TRACE/<restart>-<rank>.jsonl: the step, the image ids; for each checkpoint
-that became one, the step and the time. TENFOLD_PACE: seconds that each step takes longer, and TENFOLD_SAVE_PACE each
-checkpoint, so that a fault can be put inside.
+that became one, the step and the time. TENFOLD_PACE: seconds that each step of the first start takes longer, and
+TENFOLD_SAVE_PACE each checkpoint, so that a fault can be put inside.
 """
 
 import functools
@@ -27,9 +27,11 @@ def record() -> None:
     from framework.engine import step as steps
     from framework.engine.checkpoint import Checkpoints
 
-    name = f"{os.environ.get('SLURM_RESTART_COUNT') or 0}-{os.environ['SLURM_PROCID']}.jsonl"
-    file = open(Path(os.environ["TENFOLD_TRACE"], name), "a", buffering=1)  # noqa: SIM115 closed by the end
-    pace_s, save_pace_s = (float(os.environ.get(key, 0)) for key in ("TENFOLD_PACE", "TENFOLD_SAVE_PACE"))
+    restart, rank = os.environ.get("SLURM_RESTART_COUNT") or "0", os.environ["SLURM_PROCID"]
+    file = open(Path(os.environ["TENFOLD_TRACE"], f"{restart}-{rank}.jsonl"), "a", buffering=1)  # noqa: SIM115
+    pace_s, save_pace_s = (float(os.environ[key]) for key in ("TENFOLD_PACE", "TENFOLD_SAVE_PACE"))
+    if restart != "0":
+        pace_s = 0.0
     train_step, write = steps.train_step, Checkpoints._write
 
     @functools.wraps(train_step)

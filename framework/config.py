@@ -37,6 +37,7 @@ class TrainConfig:
         say; 0: none.
     rehearse: on GPUs, forward and backward of the largest batch of the epoch come first: if memory runs out, then.
     resume: go on from what run_dir holds; false refuses a run_dir that holds a checkpoint.
+    meet_minutes: when a rank has not come after so long, the run does not begin.
     hang_minutes: a rank for which no step ends, no checkpoint and no batch of an evaluation, for so long writes where
         it stands, and leaves with exit code 86; 0: never.
     """
@@ -55,6 +56,7 @@ class TrainConfig:
     keep_every_epochs: int = 0
     ema_decay: float = 0.0
     rehearse: bool = True
+    meet_minutes: float = 5.0
     hang_minutes: float = 30.0
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class TrainConfig:
             raise UsageError(f"train.lr_drop_epochs: found {self.lr_drop_epochs}, expected epochs of at least 1, or []")
         if not 0 <= self.hang_minutes < math.inf:
             raise UsageError(f"train.hang_minutes: found {self.hang_minutes}, expected minutes, or 0 for never")
+        if not 0 < self.meet_minutes < math.inf:
+            raise UsageError(f"train.meet_minutes: found {self.meet_minutes}, expected minutes above 0")
         if self.max_steps is not None and self.max_steps < 1:
             raise UsageError(f"train.max_steps: found {self.max_steps}, expected at least 1, or null")
         if self.global_batch % self.micro_batch:

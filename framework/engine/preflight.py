@@ -31,7 +31,6 @@ from ops import library
 
 log = logging.getLogger("tenfold")
 
-PATIENCE_S = 300.0  # for the last rank: on a cold file system importing torch takes minutes
 REDUCE_S = 60.0  # for an all-reduce of a few MiB
 PROBE_S = 20.0  # for a file to be seen by all: network file systems look again after seconds
 SKEW_S = 30.0  # between two clocks; munge itself gives up at minutes
@@ -42,32 +41,32 @@ class Preflight:
     """Of one run. Its steps are collective; each raises UsageError on every rank, or none."""
 
     def __init__(self, config: Config, env: Mapping[str, str] = os.environ) -> None:
-        self.config, self.env = config, env
+        self.config, self.env, self.wait_s = config, env, 60 * config.train.meet_minutes
         self.began = time.perf_counter()
 
-    def meet(self, store: Store, rank: int, world: int, wait_s: float = PATIENCE_S) -> None:
+    def meet(self, store: Store, rank: int, world: int) -> None:
         """Everybody is there, with the same versions and code, and sees the data, the run folder and GPUs."""
         self.store, self.rank, self.world = PrefixStore("preflight", store), rank, world
         self.store.set(f"report/{rank}", json.dumps(own_report(self.config, rank, self.env)))
         self._count_in("came")
         if rank == 0:
-            self._wait_for_all("came", wait_s)
+            self._wait_for_all("came")
             self.reports = [json.loads(self.store.get(f"report/{r}")) for r in range(world)]
             fault = self._put_probe()
             self.store.set("now", json.dumps([time.time(), fault]))
-        now, fault = json.loads(self._get("now", wait_s))
-        look_s = min(PROBE_S, wait_s / 2)
+        now, fault = json.loads(self._get("now"))
+        look_s = min(PROBE_S, self.wait_s / 2)
         seen = {"skew": time.time() - now, "fault": fault if rank == 0 else self._probe_fault(fault, look_s)}
         self.store.set(f"seen/{rank}", json.dumps(seen))
         self._count_in("seen all")
         faults = []
         if rank == 0:
-            self._wait_for_all("seen all", wait_s)
+            self._wait_for_all("seen all")
             with contextlib.suppress(OSError):  # not there where it could not be written
                 self._probe().unlink()
             faults = found_faults(self.reports, [json.loads(self.store.get(f"seen/{r}")) for r in range(world)])
             self.store.set("verdict", json.dumps([faults, sorted({r["host"] for r in self.reports})]))
-        faults, self.hosts = json.loads(self._get("verdict", wait_s))
+        faults, self.hosts = json.loads(self._get("verdict"))
         if faults:
             self._refuse(faults)
 
@@ -105,19 +104,20 @@ class Preflight:
         if self.store.add(what, 1) == self.world:
             self.store.set(f"{what}: all", "")
 
-    def _wait_for_all(self, what: str, wait_s: float) -> None:
+    def _wait_for_all(self, what: str) -> None:
         """On rank 0. Raises UsageError, on it and those that came, naming those that did not."""
-        deadline, told = time.monotonic() + wait_s, False
+        deadline, told = time.monotonic() + self.wait_s, False
         while not self.store.check([f"{what}: all"]):
             key = "report" if what == "came" else "seen"
             if time.monotonic() > deadline:
                 absent = [r for r in range(self.world) if not self.store.check([f"{key}/{r}"])]
-                fault = f"{ranks_text(absent)} did not come within {wait_s:.0f} s; {self._where(absent)}"
+                fault = (f"{ranks_text(absent)} did not come within {self.wait_s:.0f} s (train.meet_minutes); "
+                         f"{self._where(absent)}")  # fmt: skip
                 self.store.set("now", json.dumps([0.0, None]))
                 self.store.set("verdict", json.dumps([[fault], []]))
                 self.world -= len(absent)
                 self._refuse([fault])
-            if not told and deadline - time.monotonic() < wait_s - 20:
+            if not told and deadline - time.monotonic() < self.wait_s - 20:
                 told = True
                 log.info("waiting for %d of %d ranks", self.world - self.store.add(what, 0), self.world)
             time.sleep(0.02)
@@ -130,10 +130,10 @@ class Preflight:
         expected = f" of {nodes}" if nodes else ""
         return f"those on {', '.join(came)} did{expected}; their logs say why, or they do not reach rank 0"
 
-    def _get(self, key: str, wait_s: float) -> bytes:
+    def _get(self, key: str) -> bytes:
         """Rank 0 sets it, or is gone."""
         try:
-            self.store.wait([key], datetime.timedelta(seconds=wait_s + REDUCE_S))
+            self.store.wait([key], datetime.timedelta(seconds=self.wait_s + REDUCE_S))
             return self.store.get(key)
         except RuntimeError as error:
             host, port = self.env.get("MASTER_ADDR"), self.env.get("MASTER_PORT")

@@ -17,7 +17,7 @@ from framework.engine import slurm
 from framework.errors import UsageError
 
 ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-STORE_PATIENCE = timedelta(minutes=5)  # for rank 0 to begin: on a cold file system importing torch takes minutes
+STORE_PATIENCE_S = 300.0  # for rank 0 to begin: on a cold file system importing torch takes minutes
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Ranks:
 class Meeting(Protocol):
     """What the ranks do before and after they have a process group; see `preflight.Preflight`."""
 
+    wait_s: float  # for the last one to come
+
     def meet(self, store: dist.Store, rank: int, world: int) -> None: ...
 
     def reduce(self, device: torch.device) -> None: ...
@@ -93,7 +95,7 @@ def init_ranks(patience: timedelta | None = None, meeting: Meeting | None = None
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     store = None
     if world > 1 and not dist.is_initialized():
-        store = _open_store(rank, world)
+        store = _open_store(rank, world, STORE_PATIENCE_S if meeting is None else meeting.wait_s)
         if meeting is not None:
             meeting.meet(store, rank, world)
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
@@ -121,7 +123,7 @@ def init_ranks(patience: timedelta | None = None, meeting: Meeting | None = None
     return Ranks(rank, world, local_rank, device)
 
 
-def _open_store(rank: int, world: int) -> dist.Store:
+def _open_store(rank: int, world: int, wait_s: float) -> dist.Store:
     """Which rank 0 serves, but under torchrun, whose agent does."""
     host, port, here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -132,7 +134,7 @@ def _open_store(rank: int, world: int) -> dist.Store:
         raise UsageError(f"MASTER_ADDR: {here} does not know the name {host} ({error.strerror}); set MASTER_ADDR to "
                          "the address of the first node") from error  # fmt: skip
     try:
-        store = dist.TCPStore(host, port, world, serves, STORE_PATIENCE, wait_for_workers=False)
+        store = dist.TCPStore(host, port, world, serves, timedelta(seconds=wait_s), wait_for_workers=False)
     except RuntimeError as error:
         said = str(error).splitlines()[0]
         if serves:

@@ -24,8 +24,9 @@ CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 # What may differ when a run goes on: how it computes and reports, not what it computes.
 FREE_KEYS = (
     "train.run_dir", "train.resume", "train.max_steps", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.keep_best", "train.keep_every_epochs", "train.hang_minutes", "train.rehearse", "data.workers", "data.train",
-    "data.val", "data.cache", "data.max_bad", "engine.", "guard.max_skipped", "eval.every", "tracking.",
+    "train.keep_best", "train.keep_every_epochs", "train.meet_minutes", "train.hang_minutes", "train.rehearse",
+    "data.workers", "data.train", "data.val", "data.cache", "data.max_bad", "engine.", "guard.max_skipped",
+    "eval.every", "tracking.",
 )  # fmt: skip
 
 

@@ -59,8 +59,8 @@ class Stragglers:
             self._slow[rank] = self._slow[rank] + 1 if ratio > SLOW else 0
         if self._slow[slowest] == TWICE:
             log.warning(
-                "rank %d on %s is slow, and all wait for it: its forward passes take %.2f times the median (data: %.0f %% "
-                "of its time)", slowest, self.hosts[slowest], times[slowest], 100 * waited_W[slowest],
+                "rank %d on %s is slow, and all wait for it: its forward passes take %.2f times the median (data: "
+                "%.0f %% of its time)", slowest, self.hosts[slowest], times[slowest], 100 * waited_W[slowest],
             )  # fmt: skip
         return {
             "stragglers/slowest_rank": float(slowest), "stragglers/forward_of_median": float(times[slowest]),

@@ -19,13 +19,14 @@ def meets(ranks: Ranks, port: int, folder: str, settings: list[str], env: dict[s
     """What is told, "" for nothing. What is in settings and env is for rank 1."""
     store = dist.TCPStore("127.0.0.1", port, ranks.world, ranks.is_main, timedelta(seconds=30), wait_for_workers=False)
     common = {"LOCAL_RANK": "0", "SLURMD_NODENAME": f"n{ranks.rank + 1}"}
-    overrides = [*BASE, f"train.run_dir={folder}/run", *(settings if ranks.rank else [])]
+    overrides = [*BASE, f"train.run_dir={folder}/run", f"train.meet_minutes={wait_s / 60}"]
+    overrides += settings if ranks.rank else []
     meeting = Preflight(load(None, overrides), {**common, **(env if ranks.rank else {})})
     if env.get("absent") and ranks.rank:
         time.sleep(wait_s + 1)
         return ""
     try:
-        meeting.meet(store, ranks.rank, ranks.world, wait_s)
+        meeting.meet(store, ranks.rank, ranks.world)
         meeting.reduce(ranks.device)
     except UsageError as error:
         return str(error)
@@ -66,7 +67,7 @@ def test_gpus_that_torch_does_not_see():
 
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     faults = told(tmp_path, env={"absent": "1"}, wait_s=3.0)
-    assert faults[0].startswith("rank 1 did not come within 3 s; those on n1 did")
+    assert faults[0].startswith("rank 1 did not come within 3 s (train.meet_minutes); those on n1 did")
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path):
@@ -98,7 +99,7 @@ def test_what_differs_is_told_by_host():
 def stops_in_the_middle(ranks: Ranks, port: int, folder: str) -> str:
     store = dist.TCPStore("127.0.0.1", port, ranks.world, ranks.is_main, timedelta(seconds=30), wait_for_workers=False)
     meeting = Preflight(load(None, [*BASE, f"train.run_dir={folder}"]), {"SLURMD_NODENAME": f"n{ranks.rank + 1}"})
-    meeting.meet(store, ranks.rank, ranks.world, 20.0)
+    meeting.meet(store, ranks.rank, ranks.world)
     if ranks.rank:
         store.wait(["told"], timedelta(seconds=30))  # and no all-reduce
         return ""
