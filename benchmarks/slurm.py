@@ -1,10 +1,13 @@
-"""Faults of a cluster, each put into a job of launch/coco_64gpu.sh on a real SLURM of one machine.
+"""Jobs of launch/coco_64gpu.sh on a real SLURM of one machine: disturbed by each fault of a cluster, and on 64 ranks.
 
-    python -m benchmarks.slurm [--only T1 T3 ...]
+    python -m benchmarks.slurm [--parts faults start all] [--only T1 T3 ...]
 
-Three nodes of two dummy GPUs (launch/local_cluster); four ranks, gloo, a small detector on drawn images; all else is
-the code that trains on 64 GPUs. After each fault: does the job go on by itself; is the loss of every step that of the
-undisturbed run; was every image of an epoch trained on once, less the declared tail; did only one write?
+faults: three nodes of two dummy GPUs (launch/local_cluster); four ranks, gloo, a small detector on drawn images; all
+    else is the code that trains on 64 GPUs. After each fault: does the job go on by itself; is the loss of every step
+    that of the undisturbed run; was every image of an epoch trained on once, less the declared tail; did only one
+    write?
+start: from sbatch to the first step with 1, 8, 16, 32, 64 ranks on 8 x 8 dummy GPUs, and where the time goes.
+all: 64 ranks train 20 steps and evaluate, are put back into the queue once, and end; needs 24 GiB.
 Writes docs/results/slurm.{json,md}. As root, with SLURM and munge installed.
 """
 
@@ -110,18 +113,18 @@ class Job:
                 if "step" in line:
                     yield restart, rank, line["step"], line["ids"]
 
-    def wait_for(self, what: str, happened: Callable[[], object]) -> None:
-        deadline = time.monotonic() + WAIT_S
+    def wait_for(self, what: str, happened: Callable[[], object], patience_s: float = WAIT_S) -> None:
+        deadline = time.monotonic() + patience_s
         while not happened():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"job {self.id}: no {what} within {WAIT_S:.0f} s\n{self.console.read_text()}")
+                raise RuntimeError(f"job {self.id}: no {what} within {patience_s:.0f} s\n{self.console.read_text()}")
             time.sleep(0.1)
 
     def wait_for_step(self, step: int, restart: int = 0) -> None:
         self.wait_for(f"step {step}", lambda: any(s >= step and r == restart for r, _, s, _ in self.steps()))
 
-    def wait_for_state(self, *states: str) -> None:
-        self.wait_for(f"state {states}", lambda: self.state() in states)
+    def wait_for_state(self, *states: str, patience_s: float = WAIT_S) -> None:
+        self.wait_for(f"state {states}", lambda: self.state() in states, patience_s)
 
     def wait_for_requeue(self, restart: int = 1) -> None:
         self.wait_for("requeue", lambda: self.restarts() >= restart)
@@ -157,7 +160,7 @@ class Job:
 class Lab:
     """Where jobs are submitted from: a copy of the repository, data, and a run folder for each job."""
 
-    def __init__(self, folder: Path, cluster: Cluster) -> None:
+    def __init__(self, folder: Path, cluster: Cluster, images: int = IMAGES) -> None:
         self.folder, self.cluster, self.count = folder, cluster, 0
         for name in ("framework", "ops", "data_tools", "launch", "configs"):
             (folder / name).symlink_to(results.ROOT / name)
@@ -167,15 +170,15 @@ class Lab:
                           f'{results.ROOT}/benchmarks/slurm_rank.py "$@"\n')  # fmt: skip
         python.chmod(0o755)
         for command in (
-            ["data_tools.synth", "--out", "drawn", "--images", str(IMAGES), "--val", "8", "--size", "64"],
+            ["data_tools.synth", "--out", "drawn", "--images", str(images), "--val", "8", "--size", "64"],
             ["data_tools.convert", "--images", "drawn/images", "--annotations", "drawn/annotations", "--reencode",
              "--out", "shards"],
         ):  # fmt: skip
             cluster.run(sys.executable, "-m", *command, cwd=folder)
 
     def submit(
-        self, *settings: str, nodes: int = 2, options: tuple[str, ...] = (), run_dir: Path | None = None,
-        script: str = "launch/coco_64gpu.sh", pace_s: float = 0.25, save_pace_s: float = 0.0,
+        self, *settings: str, nodes: int = 2, tasks: int = 2, options: tuple[str, ...] = (), pace_s: float = 0.25,
+        save_pace_s: float = 0.0, run_dir: Path | None = None,
     ) -> Job:  # fmt: skip
         self.count += 1
         run_dir, trace = run_dir or self.folder / f"run{self.count}", self.folder / f"trace{self.count}"
@@ -183,9 +186,10 @@ class Lab:
         console = self.folder / f"console{self.count}.txt"
         console.touch()
         job = self.cluster.run(
-            "sbatch", "--parsable", "--output", str(console), f"--nodes={nodes}", "--ntasks-per-node=2",
-            "--gpus-per-node=2", "--cpus-per-task=1", *options, script, "--config", "small.yaml", *SETTINGS,
-            "data.train=shards/train", "data.val=shards/val", f"train.run_dir={run_dir}", *settings, cwd=self.folder,
+            "sbatch", "--parsable", "--output", str(console), f"--nodes={nodes}", f"--ntasks-per-node={tasks}",
+            f"--gpus-per-node={tasks}", "--cpus-per-task=1", *options, "launch/coco_64gpu.sh", "--config", "small.yaml",
+            *SETTINGS, "data.train=shards/train", "data.val=shards/val", f"train.run_dir={run_dir}", *settings,
+            cwd=self.folder,
             env={"TENFOLD_PYTHON": f"{self.folder}/python", "TENFOLD_TRACE": str(trace), "TENFOLD_PACE": str(pace_s),
                  "TENFOLD_SAVE_PACE": str(save_pace_s)},
         )  # fmt: skip
@@ -315,7 +319,7 @@ def t5_node_down(lab: Lab) -> Outcome:
     job.wait_for_requeue()
     job.wait_for_step(FAULT_STEP + 2, restart=1)
     assert "n2" not in job.shown()["NodeList"]
-    lab.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    lab.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)  # it may be back by itself
     return job, 1, 0.0
 
 
@@ -325,7 +329,7 @@ def t6_half_the_nodes(lab: Lab) -> Outcome:
     job.wait_for_step(FAULT_STEP)
     lab.cluster.run("scancel", "--batch", "--signal=USR2", job.id)
     job.wait_for_requeue()
-    lab.cluster.run("scontrol", "update", f"JobId={job.id}", "NumNodes=1", "NumTasks=2")
+    lab.cluster.run("scontrol", "update", f"JobId={job.id}", "NumNodes=1-1", "NumTasks=2", "NumCPUs=2")
     job.wait_for_step(FAULT_STEP + 2, restart=1)
     assert job.said("2 ranks x 2 images x 2 accumulated")
     return job, 1, BAND
@@ -394,19 +398,15 @@ FAULTS = {
 }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.slurm", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="T")
-    args = parser.parse_args()
+def faults(names: list[str]) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "cluster", 3, 2) as cluster:
         lab = Lab(Path(folder), cluster)
         undisturbed = lab.submit(pace_s=0)
         undisturbed.wait_for_state("COMPLETED", "FAILED")
-        if faults := verify(undisturbed, undisturbed, 0)["faults"]:
-            raise RuntimeError(f"undisturbed: {faults}\n{undisturbed.console.read_text()}")
-        for name in args.only:
+        if found := verify(undisturbed, undisturbed, 0)["faults"]:
+            raise RuntimeError(f"undisturbed: {found}\n{undisturbed.console.read_text()}")
+        for name in names:
             began = time.monotonic()
             try:
                 job, restarts, band = FAULTS[name](lab)
@@ -414,16 +414,74 @@ def main() -> None:
                 row = verify(job, undisturbed, restarts, band)
             except (AssertionError, RuntimeError, OSError, KeyError) as error:
                 row = {"faults": [f"{type(error).__name__}: {error}"]}
-            row = {
-                "fault": f"{name.split()[0]}: {FAULTS[name].__doc__}",
-                **row,
-                "seconds": round(time.monotonic() - began),
-            }
+            row = {"fault": f"{name.split()[0]}: {FAULTS[name].__doc__}", **row}
+            row |= {"seconds": round(time.monotonic() - began)}
             print(json.dumps(row), flush=True)
             rows.append(row | {"faults": "; ".join(row["faults"]) or "none"})
-    if args.only == list(FAULTS):
-        command = "python -m benchmarks.slurm"
-        results.write("slurm", "A job of launch/coco_64gpu.sh, disturbed", "faults", {"faults": rows}, command)
+    return {"faults": rows}
+
+
+LARGE = ["train.micro_batch=1", "train.lr_drop_epochs=[]", "train.meet_minutes=30", "train.hang_minutes=0",
+         "data.workers=0", "eval.batch=1", "train.epochs=2"]  # fmt: skip
+
+
+def start() -> dict[str, Any]:
+    """Of rank 0, seconds since sbatch; each part's end."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "cluster", 8, 8) as cluster:
+        lab = Lab(Path(folder), cluster, images=64)
+        for nodes, tasks in ((1, 1), (1, 8), (2, 8), (4, 8), (8, 8)):
+            world, submitted = nodes * tasks, time.time()
+            job = lab.submit(*LARGE, f"train.global_batch={world}", "train.max_steps=1", "eval.every=0", nodes=nodes,
+                             tasks=tasks, pace_s=0)  # fmt: skip
+            job.wait_for_state("COMPLETED", "FAILED", patience_s=3000)
+            ends = {line["done"]: line["time"] - submitted for line in read_lines(job.trace / "0-0.jsonl")
+                    if "done" in line}  # fmt: skip
+            rows.append({"ranks": world, **{what: round(seconds, 1) for what, seconds in ends.items()},
+                         "state": job.state()})  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+    return {"start": rows}
+
+
+def all_ranks() -> dict[str, Any]:
+    """64 ranks: 20 steps, an evaluation, and a warning between."""
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "cluster", 8, 8) as cluster:
+        lab = Lab(Path(folder), cluster, images=640)
+        began = time.monotonic()
+        job = lab.submit(*LARGE, "train.global_batch=64", "eval.every=2", nodes=8, tasks=8, pace_s=0)
+        job.wait_for("step 8", lambda: any(step >= 8 for _, _, step, _ in job.steps()), patience_s=3000)
+        pids = job.rank_pids()
+        memory = sum(proportional_memory(pid) for pid in pids.values())
+        cluster.run("scancel", "--batch", "--signal=USR2", job.id)
+        job.wait_for_requeue()
+        job.wait_for_state("COMPLETED", "FAILED", patience_s=3000)
+        evaluated = sorted(path.name for path in job.run_dir.glob("evaluation/*.json"))
+        shutil.copy(job.console, results.RESULTS / "slurm-64-ranks.txt")
+        return {"ranks": len(pids), "state": job.state(), "restarts": job.restarts(), "evaluated": ", ".join(evaluated),
+                "steps": len(job.losses()), "memory of all ranks, GiB": round(memory / 2**30, 1),
+                "minutes": round((time.monotonic() - began) / 60, 1)}  # fmt: skip
+
+
+def proportional_memory(pid: int) -> int:
+    """Bytes of a process, of shared ones its part."""
+    found = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
+
+
+PARTS = {"faults": faults, "start": start, "all": all_ranks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.slurm", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="T", help="of the faults")
+    args = parser.parse_args()
+    for part in args.parts:
+        found = faults(args.only) if part == "faults" else PARTS[part]()
+        if part != "faults" or args.only == list(FAULTS):
+            command = f"python -m benchmarks.slurm --parts {part}"
+            results.write("slurm", "Jobs of launch/coco_64gpu.sh on one machine", part, found, command)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ run_job() {  # [--config FILE] [key=value ...]
   . "$code/launch/env.sh"
   export PYTHONPATH=$PWD/$code${PYTHONPATH:+:$PYTHONPATH}
 
-  # srun does not take --cpus-per-task from the job (since 22.05).
-  local step=(srun --kill-on-bad-exit=1)
+  # Said again: a job that was requeued onto fewer nodes still has its old SLURM_NTASKS; and srun does not take
+  # --cpus-per-task from the job (since 22.05).
+  local nodes=$SLURM_JOB_NUM_NODES per_node=${SLURM_NTASKS_PER_NODE:-1}
+  local step=(srun --kill-on-bad-exit=1 --nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node")
   [ -n "${SLURM_CPUS_PER_TASK:-}" ] && step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
   mapfile -t arguments < <(copy_shards "$job")
   mkdir -p "$logs"

@@ -1,5 +1,6 @@
 """DeepSpeed's engine and its configuration, computed from ours, so that no number is written twice."""
 
+import importlib
 import logging
 import warnings
 from dataclasses import dataclass
@@ -121,12 +122,24 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: 
     logger.setLevel(logging.ERROR)  # of a step that is skipped, and of what ZeRO 3 cannot see, we say more
     # Of DeepSpeed's own calls into torch; nothing that a user of ours could change.
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
+    _import_without_compiling("deepspeed.runtime.zero.muon.muon_optimizer")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if ds_config["zero_optimization"]["stage"] == 0:
         skip_where_told(engine.optimizer)
     elif ds_config["torch_autocast"] == {"enabled": True, "dtype": "float16"}:
         scale_losses(engine.optimizer)
     return engine
+
+
+def _import_without_compiling(module: str) -> None:
+    """DeepSpeed's engines import an optimizer of which functions are handed to torch.compile: whose own import takes
+    every rank 2 s of its start and 42 MiB, for functions that are not called."""
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    compile_, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module(module)
+    finally:
+        compiler.compile = compile_
 
 
 def skip_where_told(optimizer: Any) -> None:
