@@ -372,7 +372,7 @@ def t9_full_disk(lab: Lab) -> Outcome:
     """disk full at a save: the job fails with 1; room is made, and it is put back by hand"""
     disk = lab.folder / "small-disk"
     disk.mkdir()
-    lab.cluster.run("mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk))
+    lab.cluster.run("mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk))
     try:
         job = lab.submit(run_dir=disk / "run")
         job.wait_for_step(FAULT_STEP)

@@ -6,13 +6,23 @@
 # Exit code: that of training. 85 (saved), 86 (hung) and ranks that were killed put the job back into the queue.
 set -uo pipefail
 
+# From the second start on its own copy of this file, too.
+kept=${SLURM_SUBMIT_DIR:-.}/runs/jobs/${SLURM_JOB_ID:-none}
+if [ -f "$kept/config.yaml" ] && [ "${BASH_SOURCE[0]}" != "$kept/code/launch/job.sh" ]; then
+  . "$kept/code/launch/job.sh"
+  return
+fi
+
 tell() { printf '%s %s\n' "$(date +%T)" "$*"; }
 fail() { echo "error: $*" >&2; exit 2; }
 
 run_job() {  # [--config FILE] [key=value ...]
   cd "$SLURM_SUBMIT_DIR" || fail "$SLURM_SUBMIT_DIR is not there on $(hostname); submit from a folder that all nodes share"
   local restart=${SLURM_RESTART_COUNT:-0} job=runs/jobs/$SLURM_JOB_ID python=${TENFOLD_PYTHON:-}
-  local code=$job/code logs=$job/logs/$restart arguments=() given=$#
+  local code=$job/code logs=$job/logs/$restart arguments=() srun='' code_of
+  # Traps and `wait`: a trap comes through while this shell waits for a child in the background, and only then.
+  trap 'tell "time is nearly up"; if [ -n "$srun" ]; then kill -USR2 $srun; else end_job 85 "$job"; fi' USR2
+  trap : TERM CONT  # SLURM tells the ranks itself
   if [ -z "$python" ]; then
     if [ -x .venv/bin/python ]; then python=$PWD/.venv/bin/python; else python=python3; fi
   fi
@@ -35,14 +45,13 @@ run_job() {  # [--config FILE] [key=value ...]
   mkdir -p "$logs"
   "${step[@]}" --output="$logs/rank-%4t.log" "$python" "$code/framework/train.py" --config "$job/config.yaml" \
     "${arguments[@]}" 2> >(tee "$logs/srun.txt" >&2) &
-  local srun=$! code_of=0 stopping=
-  # Traps and `wait`: a trap comes through while this shell waits for a child in the background, and only then.
-  trap 'stopping=USR2; tell "time is nearly up: the ranks are told to save"; kill -USR2 $srun' USR2
-  trap 'stopping=TERM' TERM CONT  # SLURM tells the ranks itself
+  srun=$!
   touch "$logs/rank-0000.log"
   tail -n +1 --follow=name --pid=$srun "$logs/rank-0000.log" 2>/dev/null &
   local tail=$!
-  while kill -0 $srun 2>/dev/null; do wait $srun; code_of=$?; done
+  while kill -0 $srun 2>/dev/null; do wait $srun; done
+  wait $srun  # its exit code, and not that of a trap
+  code_of=$?
   wait $tail 2>/dev/null
   # What other ranks met, which the console of rank 0 does not show.
   cat "$logs"/rank-*.log | grep '^error: ' | sort | uniq -c | sort -rn | head -20
@@ -70,11 +79,17 @@ copy_shards() {  # prints the keys that change
 end_job() {  # exit code of the ranks, folder of the job
   case $1 in
     0) tell "done"; exit 0 ;;
-    85) tell "saved, and back into the queue" ;;
-    86) tell "hung (runs/.../hung-rank*.txt say where), and back into the queue" ;;
+    85) tell "saved" ;;
+    86) tell "hung (hung-rank*.txt in the run folder say where)" ;;
     *) if [ "$1" -le 128 ]; then tell "failed with exit code $1; logs in $2/logs"; exit "$1"; fi
-       tell "a rank was killed by signal $(($1 - 128)), and back into the queue" ;;
+       tell "a rank was killed by signal $(($1 - 128))" ;;
   esac
+  # Not a job that SLURM itself is ending: cancelled, it would come back; preempted, SLURM puts it back.
+  if ! scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
+    tell "SLURM is ending the job"
+    exit "$1"
+  fi
+  tell "back into the queue"
   scontrol requeue "$SLURM_JOB_ID" || exit "$1"
   sleep 60  # SLURM ends this script
   exit "$1"

@@ -5,6 +5,7 @@ import pytest
 
 # Of files, most expensive first; the others follow as they are named. What is long and starts last ends last, alone.
 LONG = (
+    "launch/test_local_cluster.py",
     "test_train.py",
     "benchmarks/test_convergence.py",
     "ops/test_cuda.py",

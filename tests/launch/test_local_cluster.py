@@ -12,6 +12,7 @@ from launch.local_cluster.__main__ import daemons, search_path
 from tests.paths import REPOSITORY as ROOT
 
 pytestmark = [
+    pytest.mark.slurm,
     pytest.mark.skipif(os.getuid() != 0, reason="slurmd has to be run by root"),
     pytest.mark.skipif(not shutil.which("slurmd", path=search_path()), reason="SLURM is not installed"),
 ]
@@ -65,6 +66,15 @@ def test_more_gpus_than_there_are_and_a_configuration_that_is_not_there_are_refu
     job.wait_for_state("FAILED")
     assert job.shown()["ExitCode"] == "2:0"
     assert "error: --config nowhere.yaml: No such file" in job.console.read_text()
+
+
+def test_a_job_that_is_cancelled_stays_so(lab):
+    job = lab.submit()
+    job.wait_for_step(2)
+    lab.cluster.run("scancel", job.id)
+    job.wait_for("its end", lambda: not lab.cluster.run("squeue", "--noheader", "--jobs", job.id, check=False))
+    assert (job.state(), job.restarts()) == ("CANCELLED", 0)
+    assert job.said("which is saved")
 
 
 def test_a_job_that_is_warned_damaged_and_killed_ends_as_the_undisturbed_one(lab):
