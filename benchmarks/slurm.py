@@ -74,6 +74,13 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.command("down")
 
+    def wait_until_idle(self, nodes: int) -> None:
+        deadline, found = time.monotonic() + WAIT_S, ""
+        while (found := self.run("sinfo", "-h", "-p", "main", "-o", "%D %T")) != f"{nodes} idle":
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"after {WAIT_S:.0f} s the nodes are not idle: {found}")
+            time.sleep(0.5)
+
     def command(self, *words: str) -> str:
         command = [sys.executable, "-m", "launch.local_cluster", *words, "--dir", str(self.folder)]
         return self.run(*command, cwd=results.ROOT)
@@ -250,6 +257,11 @@ def _seconds(text: str) -> float:
     return datetime.datetime.fromisoformat(text).timestamp()
 
 
+def expect(job: Job, words: str) -> None:
+    if not job.said(words):
+        raise RuntimeError(f"nobody said {words!r}:\n{job.console.read_text()}")
+
+
 # Each returns the job, its expected restarts, and the band of its losses.
 Outcome = tuple[Job, int, float]
 
@@ -260,7 +272,7 @@ def t1_warned(lab: Lab) -> Outcome:
     job.wait_for_step(FAULT_STEP)
     lab.cluster.run("scancel", "--batch", "--signal=USR2", job.id)
     job.wait_for_requeue()
-    assert job.said("stopped by SIGUSR2")
+    expect(job, "stopped by SIGUSR2")
     return job, 1, 0.0
 
 
@@ -268,11 +280,10 @@ def t2_preempted(lab: Lab) -> Outcome:
     """preempted by a partition of higher priority, with 30 s of grace (CONT and TERM)"""
     job = lab.submit()
     job.wait_for_step(FAULT_STEP)
-    urgent = lab.cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive",
+    lab.cluster.run("sbatch", "--partition=urgent", "--nodes=3", "--exclusive",
                              "--output=/dev/null", "--wrap=sleep 1")  # fmt: skip
     job.wait_for_requeue()
-    lab.cluster.run("scontrol", "show", "job", urgent)
-    assert job.said("which is saved")
+    expect(job, "which is saved")
     return job, 1, 0.0
 
 
@@ -292,7 +303,8 @@ def t3_killed_in_a_save(lab: Lab) -> Outcome:
                                             for p in job.run_dir.glob("checkpoints/*")))  # fmt: skip
     job.kill_rank(0)
     job.wait_for_requeue()
-    assert not (job.run_dir / "checkpoints/step-00000008").exists()
+    if (job.run_dir / "checkpoints/step-00000008").exists():
+        raise RuntimeError("the save was over when its rank was killed")
     return job, 1, 0.0
 
 
@@ -305,7 +317,7 @@ def t4_lost_daemon(lab: Lab) -> Outcome:
     os.kill(daemons(lab.cluster.folder)[f"slurmd-{node}"], signal.SIGKILL)
     job.wait_for_requeue()
     job.wait_for("end of the ranks that were left", lambda: not set(job.rank_pids(0)) & set(left))
-    assert job.said("another start of this run has taken over")
+    expect(job, "another start of this run has taken over")
     lab.cluster.run("slurmd", "-N", node, "-f", f"{lab.cluster.folder}/slurm.conf",
                     env={"PATH": f"{os.environ['PATH']}:/usr/sbin"})  # fmt: skip
     return job, 1, BAND
@@ -318,7 +330,8 @@ def t5_node_down(lab: Lab) -> Outcome:
     lab.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=maintenance")
     job.wait_for_requeue()
     job.wait_for_step(FAULT_STEP + 2, restart=1)
-    assert "n2" not in job.shown()["NodeList"]
+    if "n2" in (nodes := job.shown()["NodeList"]):
+        raise RuntimeError(f"it is on {nodes} again")
     lab.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)  # it may be back by itself
     return job, 1, 0.0
 
@@ -331,7 +344,7 @@ def t6_half_the_nodes(lab: Lab) -> Outcome:
     job.wait_for_requeue()
     lab.cluster.run("scontrol", "update", f"JobId={job.id}", "NumNodes=1-1", "NumTasks=2", "NumCPUs=2")
     job.wait_for_step(FAULT_STEP + 2, restart=1)
-    assert job.said("2 ranks x 2 images x 2 accumulated")
+    expect(job, "2 ranks x 2 images x 2 accumulated")
     return job, 1, BAND
 
 
@@ -341,7 +354,8 @@ def t7_stopped_rank(lab: Lab) -> Outcome:
     job.wait_for_step(FAULT_STEP)
     os.kill(job.rank_pids()[1], signal.SIGSTOP)
     job.wait_for_requeue()
-    assert list(job.run_dir.glob("hung-rank*.txt"))
+    if not list(job.run_dir.glob("hung-rank*.txt")):
+        raise RuntimeError("no rank wrote where it stands")
     return job, 1, 0.0
 
 
@@ -353,7 +367,7 @@ def t8_damaged_checkpoint(lab: Lab) -> Outcome:
     job.wait_for_requeue()
     damaged = damage_newest(job)
     job.wait_for_step(FAULT_STEP + 2, restart=1)
-    assert job.said(f"{damaged} is not used")
+    expect(job, f"{damaged} is not used")
     return job, 1, 0.0
 
 
@@ -379,7 +393,9 @@ def t9_full_disk(lab: Lab) -> Outcome:
         free = shutil.disk_usage(disk).free
         (disk / "others").write_bytes(b"x" * (free - 64 * 1024))
         job.wait_for_state("FAILED")
-        assert job.shown()["ExitCode"] == "1:0" and job.said("No space left on device")
+        expect(job, "No space left on device")
+        if (code := job.shown()["ExitCode"]) != "1:0":
+            raise RuntimeError(f"exit code {code}")
         (disk / "others").unlink()
         lab.cluster.run("scontrol", "requeue", job.id)
         job.wait_for_state("COMPLETED")
@@ -409,10 +425,11 @@ def faults(names: list[str]) -> dict[str, Any]:
         for name in names:
             began = time.monotonic()
             try:
+                cluster.wait_until_idle(3)
                 job, restarts, band = FAULTS[name](lab)
                 job.wait_for_state("COMPLETED", "FAILED", "CANCELLED")
                 row = verify(job, undisturbed, restarts, band)
-            except (AssertionError, RuntimeError, OSError, KeyError) as error:
+            except (RuntimeError, OSError, KeyError) as error:
                 row = {"faults": [f"{type(error).__name__}: {error}"]}
             row = {"fault": f"{name.split()[0]}: {FAULTS[name].__doc__}", **row}
             row |= {"seconds": round(time.monotonic() - began)}
@@ -477,6 +494,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="T", help="of the faults")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what was started ends, too
     for part in args.parts:
         found = faults(args.only) if part == "faults" else PARTS[part]()
         if part != "faults" or args.only == list(FAULTS):

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-FAILED, MISUSED = 1, 2
+FAILED, MISUSED, LEFT_ALONE = 1, 2, 87  # the last: another process has ended; like 85 and 86, start again
 MAIN_RANK_FIRST_S = 3.0
 PEER_HAS_LEFT = ("onnection closed by peer", "onnection reset by peer", "roken pipe")  # gloo's words
-PEER_NEVER_CAME = ("DistStoreError", "DistNetworkError")  # torch's, while ranks look for each other
+PEER_IS_AWAY = ("DistStoreError", "DistNetworkError", "DistBackendError")  # torch's, the last of them of nccl
 
 
 class UsageError(ValueError):
@@ -37,9 +37,11 @@ def command(main: Callable[[], int | None]) -> NoReturn:
         code = _report(error, FAILED)
     except RuntimeError as error:
         left = any(words in str(error) for words in PEER_HAS_LEFT)
-        if not left and type(error).__name__ not in PEER_NEVER_CAME:
+        if not left and type(error).__name__ not in PEER_IS_AWAY:
             raise
-        code = _report("another process of this run has ended; its own message says why", FAILED)
+        said = "" if left else f" ({str(error).splitlines()[0]})" if str(error) else ""
+        code = _report(f"another process of this run has ended, or is not reached{said}; its own message says why",
+                       LEFT_ALONE)  # fmt: skip
         time.sleep(2 * MAIN_RANK_FIRST_S)
     except KeyboardInterrupt:
         code = _report("interrupted", 130)

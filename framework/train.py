@@ -105,7 +105,7 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     step = at.epoch * per_epoch + at.samples_consumed // config.train.global_batch
     record_run(config, ranks, {"fingerprint": train_set.manifest.fingerprint, "start_weights": start})
     setup_logging(run_dir, ranks.is_main)
-    sink = open_sink(run_dir, ranks.is_main, step)
+    sink = open_sink(run_dir, ranks.is_main, step, incarnation.refuse_overtaken)
     say_what_begins(config, train_set, last, start, step, end)
 
     def validation_due() -> bool:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,11 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)  # --config may come again, after keys
     folder: Path = args.folder
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    if folder.exists() and not restarts:  # of an earlier job of this number: SLURM counts anew now and then
+        folder.rename(f"{folder}.before-{time.strftime('%Y%m%d-%H%M%S')}")
     if not (folder / "config.yaml").exists():
         keep(folder, args.config, args.overrides)
     config = configuration.load(folder / "config.yaml", [])
     run_dir = Path(str(config.train.run_dir))
-    refuse_without_progress(folder / "starts.jsonl", newest_step(run_dir), run_dir)
+    refuse_without_progress(folder / "starts.jsonl", restarts, newest_step(run_dir), run_dir)
     return 0
 
 
@@ -68,10 +72,9 @@ def shards(config: Config) -> Iterator[tuple[str, str, str]]:
             yield key, where, f"{read_manifest(where).fingerprint[:16]}-{Path(where).name}"
 
 
-def refuse_without_progress(starts: Path, step: int, run_dir: Path) -> None:
+def refuse_without_progress(starts: Path, restart: int, step: int, run_dir: Path) -> None:
     """starts: of this job, a line each, where this one is added."""
     before = [json.loads(line)["step"] for line in starts.read_text().splitlines()] if starts.exists() else []
-    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     with starts.open("a") as file:
         file.write(json.dumps({"restart": restart, "step": step}) + "\n")
     if before[-WITHOUT_PROGRESS:] == WITHOUT_PROGRESS * [step]:

@@ -6,8 +6,5 @@
 # Without InfiniBand, or with a broken one:  export NCCL_IB_DISABLE=1
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# A rank that waits for a dead peer in a collective ends, instead of waiting until the watchdog does it.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-
 # torch would start a thread for every core of the node, in every rank.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}

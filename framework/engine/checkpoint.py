@@ -127,6 +127,7 @@ class Checkpoints:
         else:
             log.info("saved %s in %.2g s", folder, time.perf_counter() - began)
             try:
+                self.refuse()  # those of another start are not ours to drop
                 self._drop_old(folder)
             except Exception as error:  # what was saved is saved
                 log.warning("old checkpoints stay: %s: %s", type(error).__name__, error)

@@ -8,9 +8,11 @@ it writes down where every thread stands and leaves with HUNG. Both codes mean: 
 import contextlib
 import faulthandler
 import logging
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +34,8 @@ FAULT = 1000  # in the place of a signal's number
 LOOKS = 20  # without a sign of life between them: hung; by their number, since a process that is suspended has no time
 
 MOST_GRACE_S = 60.0
+# After which the same signal again means: at once. TERM comes from a scheduler and, a second time, from what it ends.
+IMPATIENT_S: dict[int, float] = {signal.SIGINT: 0.0, signal.SIGTERM: 2.0}
 
 
 class Lifecycle:
@@ -43,12 +47,8 @@ class Lifecycle:
     def __init__(self, ranks: Ranks, run_dir: str | Path, hang_s: float) -> None:
         self.ranks, self.run_dir, self.hang_s = ranks, Path(run_dir), hang_s
         self.signal = 0  # that this process got first
-        self._got: set[int] = set()
+        self._got: dict[int, float] = {}
         self._signs, self._pid = 0, os.getpid()
-        on_gpus = ranks.world > 1 and ranks.device.type == "cuda"
-        self._group = (
-            dist.new_group(backend="gloo", timeout=patience(hang_s)) if on_gpus else None
-        )  # no GPU has to be waited for
         self._flag, self._work = torch.zeros(1), None
         self._fault: str | None = None
 
@@ -72,10 +72,11 @@ class Lifecycle:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a data worker that has just been forked, and whom its parent ends
             os._exit(0) if number == signal.SIGTERM else None
-        if number in self._got and number in (signal.SIGINT, signal.SIGTERM):  # once more: somebody will not wait
+        now = time.monotonic()
+        first = self._got.setdefault(number, now)
+        if first < now - IMPATIENT_S.get(number, math.inf):  # once more: somebody will not wait
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
-        self._got.add(number)
         self.signal = self.signal or number
 
     def alive(self) -> None:
@@ -91,7 +92,7 @@ class Lifecycle:
         self._fault = fault
         self._flag.fill_(FAULT if fault else self.signal)
         if self.ranks.world > 1:
-            self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.ranks.host_group, async_op=True)
 
     def told_to_stop(self) -> str | None:
         """After the step: the name of the signal that any rank had got when it was asked; the same on all.

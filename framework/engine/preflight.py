@@ -13,9 +13,12 @@ import logging
 import os
 import platform
 import socket
+import sys
+import threading
 import time
+import uuid
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,13 @@ from torch.distributed import PrefixStore, Store
 
 from framework.config import Config
 from framework.data.remote import is_remote
-from framework.errors import UsageError
+from framework.errors import LEFT_ALONE, UsageError
 from framework.tracking.run_folder import code_version
 from ops import library
 
 log = logging.getLogger("tenfold")
 
-REDUCE_S = 60.0  # for an all-reduce of a few MiB
+LAST_S = 5.0  # that rank 0, which serves the store, stays after the others
 PROBE_S = 20.0  # for a file to be seen by all: network file systems look again after seconds
 SKEW_S = 30.0  # between two clocks; munge itself gives up at minutes
 SAME = ("python", "torch", "deepspeed", "cuda", "code", "library")
@@ -52,9 +55,10 @@ class Preflight:
         if rank == 0:
             self._wait_for_all("came")
             self.reports = [json.loads(self.store.get(f"report/{r}")) for r in range(world)]
+            self.probe = f".preflight-{uuid.uuid4().hex[:8]}"  # of this start
             fault = self._put_probe()
-            self.store.set("now", json.dumps([time.time(), fault]))
-        now, fault = json.loads(self._get("now"))
+            self.store.set("now", json.dumps([time.time(), fault, self.probe]))
+        now, fault, self.probe = json.loads(self._get("now"))
         look_s = min(PROBE_S, self.wait_s / 2)
         seen = {"skew": time.time() - now, "fault": fault if rank == 0 else self._probe_fault(fault, look_s)}
         self.store.set(f"seen/{rank}", json.dumps(seen))
@@ -70,20 +74,39 @@ class Preflight:
         if faults:
             self._refuse(faults)
 
-    def reduce(self, device: torch.device, wait_s: float = REDUCE_S) -> None:
-        """An all-reduce comes back; and how fast it is."""
+    @contextlib.contextmanager
+    def bounded(self, what: str) -> Iterator[None]:
+        """What all ranks do inside, and may hang in, ends within wait_s; or this process ends, with a line that says
+        who is not in it. A thread sees to it, with a connection of its own: what hangs cannot be asked."""
+        store: Any = self.store.clone()  # type: ignore[attr-defined]
+        store.set(f"enters {what}/{self.rank}", "")
+
+        def expire() -> None:
+            print(f"error: {self._who_hangs(store, what)}", file=sys.stderr, flush=True)
+            time.sleep(LAST_S if self.rank == 0 else 0.0)  # it serves the store
+            os._exit(LEFT_ALONE)
+
+        timer = threading.Timer(self.wait_s, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        store.set(f"leaves {what}/{self.rank}", "")
+
+    def reduce(self, device: torch.device, host_group: Any) -> None:
+        """An all-reduce comes back, in each group; and how fast it is."""
         values = torch.ones((16 if device.type == "cuda" else 1) * 2**20, device=device)
-        times = []
-        for turn in range(4):
-            self.store.set(f"enters {turn}/{self.rank}", "")
-            began = time.perf_counter()
-            work = dist.all_reduce(values, async_op=True)
-            while not work.is_completed():
-                if time.perf_counter() - began > wait_s:
-                    self._refuse([self._who_hangs(turn)])
-                time.sleep(0.0005)
-            times.append(time.perf_counter() - began)
-            self.store.set(f"leaves {turn}/{self.rank}", "")
+        with self.bounded("an all-reduce"):
+            dist.all_reduce(torch.ones(1), group=host_group)
+            times = []
+            for _ in range(4):
+                began = time.perf_counter()
+                dist.all_reduce(values)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append(time.perf_counter() - began)
         best = min(times[1:])
         rate = 2 * (self.world - 1) / self.world * values.nbytes / best / 1e9
         log.info(
@@ -95,7 +118,7 @@ class Preflight:
     def _refuse(self, faults: list[str]) -> None:
         """On every rank; rank 0, which serves the store, leaves last."""
         self.store.add("refused", 1)
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + LAST_S
         while self.rank == 0 and self.store.add("refused", 0) < self.world and time.monotonic() < deadline:
             time.sleep(0.05)
         raise UsageError("\n  ".join(["before the first step:", *faults] if len(faults) > 1 else faults))
@@ -113,7 +136,7 @@ class Preflight:
                 absent = [r for r in range(self.world) if not self.store.check([f"{key}/{r}"])]
                 fault = (f"{ranks_text(absent)} did not come within {self.wait_s:.0f} s (train.meet_minutes); "
                          f"{self._where(absent)}")  # fmt: skip
-                self.store.set("now", json.dumps([0.0, None]))
+                self.store.set("now", json.dumps([0.0, None, ""]))
                 self.store.set("verdict", json.dumps([[fault], []]))
                 self.world -= len(absent)
                 self._refuse([fault])
@@ -133,7 +156,7 @@ class Preflight:
     def _get(self, key: str) -> bytes:
         """Rank 0 sets it, or is gone."""
         try:
-            self.store.wait([key], datetime.timedelta(seconds=self.wait_s + REDUCE_S))
+            self.store.wait([key], datetime.timedelta(seconds=self.wait_s + 2 * LAST_S))
             return self.store.get(key)
         except RuntimeError as error:
             host, port = self.env.get("MASTER_ADDR"), self.env.get("MASTER_PORT")
@@ -141,7 +164,7 @@ class Preflight:
                              "more; its log says why") from error  # fmt: skip
 
     def _probe(self) -> Path:
-        return Path(str(self.config.train.run_dir), ".preflight")
+        return Path(str(self.config.train.run_dir), self.probe)
 
     def _put_probe(self) -> str | None:
         """What hinders writing in the run folder."""
@@ -163,16 +186,21 @@ class Preflight:
             time.sleep(0.2)
         return None
 
-    def _who_hangs(self, turn: int) -> str:
+    def _who_hangs(self, store: Store, what: str) -> str:
         def without(key: str) -> list[int]:
-            return [r for r in range(self.world) if not self.store.check([f"{key} {turn}/{r}"])]
+            return [r for r in range(self.world) if not store.check([f"{key} {what}/{r}"])]
 
-        absent, inside = without("enters"), without("leaves")
-        who = absent or inside
-        hosts = sorted({json.loads(self.store.get(f"report/{r}"))["host"] for r in who})
-        doing = "did not begin it" if absent else "began it, and it did not come back"
-        return (f"an all-reduce does not return within {REDUCE_S:.0f} s: {ranks_text(who)} on {', '.join(hosts)} "
-                f"{doing}; if they run, see docs/slurm.md, The fabric (NCCL_DEBUG=INFO)")  # fmt: skip
+        try:
+            absent, inside = without("enters"), without("leaves")
+            who = absent or inside
+            hosts = sorted({json.loads(store.get(f"report/{r}"))["host"] for r in who})
+        except RuntimeError:
+            who, said = [], "and rank 0 is gone; its log says why"
+        else:
+            doing = "did not begin it" if absent else "began it, and it did not come back"
+            said = f"{ranks_text(who)} on {', '.join(hosts)} {doing}"
+        return (f"{what} is not there within {self.wait_s:.0f} s (train.meet_minutes): {said}; if they run, see "
+                "docs/slurm.md, The fabric")  # fmt: skip
 
 
 def own_report(config: Config, rank: int, env: Mapping[str, str]) -> dict[str, Any]:
@@ -208,7 +236,8 @@ def gpu_faults(env: Mapping[str, str]) -> list[str]:
                 "--gpus-per-node"]  # fmt: skip
     if given and env.get("DS_ACCELERATOR") != "cpu" and seen < processes:
         return [f"{processes} processes, and torch {torch.__version__} sees {seen} GPUs of the {given} that SLURM "
-                "gave; to train on CPUs: DS_ACCELERATOR=cpu"]  # fmt: skip
+                "gave; expected all of the node's in each task (--gpus-per-node, not --gpus-per-task); to train on "
+                "CPUs: DS_ACCELERATOR=cpu"]  # fmt: skip
     return []
 
 

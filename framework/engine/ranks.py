@@ -1,6 +1,7 @@
 """The processes of a run: who they are, and the few things they say to each other outside the engine."""
 
 import atexit
+import contextlib
 import importlib
 import os
 import socket
@@ -22,12 +23,13 @@ STORE_PATIENCE_S = 300.0  # for rank 0 to begin: on a cold file system importing
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them."""
+    """This process among all of them. host_group: of messages between main processors, None: the default group."""
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
+    host_group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -63,13 +65,15 @@ class Ranks:
 
 
 class Meeting(Protocol):
-    """What the ranks do before and after they have a process group; see `preflight.Preflight`."""
+    """What the ranks do before and while they get a process group; see `preflight.Preflight`."""
 
     wait_s: float  # for the last one to come
 
     def meet(self, store: dist.Store, rank: int, world: int) -> None: ...
 
-    def reduce(self, device: torch.device) -> None: ...
+    def bounded(self, what: str) -> contextlib.AbstractContextManager[None]: ...
+
+    def reduce(self, device: torch.device, host_group: Any) -> None: ...
 
 
 def numbers() -> tuple[int, int, int]:
@@ -111,16 +115,20 @@ def init_ranks(patience: timedelta | None = None, meeting: Meeting | None = None
         # DeepSpeed would compile an all-reduce of its own for CPUs at the first start (half a minute); gloo does.
         # By its name: the attribute deepspeed.comm.torch is torch itself.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    host_group = None
     if not dist.is_initialized():
         waits = patience or default_pg_timeout
-        if store is not None:
-            dist.init_process_group(backend, timeout=waits, store=store, rank=rank, world_size=world)
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=waits)
+        with meeting.bounded("a process group") if store and meeting else contextlib.nullcontext():
+            if store is not None:
+                dist.init_process_group(backend, timeout=waits, store=store, rank=rank, world_size=world)
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=waits)
+            if world > 1 and backend == "nccl":
+                host_group = dist.new_group(backend="gloo", timeout=waits)
         if backend == "gloo":  # whose threads abort a process that exits with the group still open
             atexit.register(dist.destroy_process_group)
         if store is not None and meeting is not None:
-            meeting.reduce(device)
-    return Ranks(rank, world, local_rank, device)
+            meeting.reduce(device, host_group)
+    return Ranks(rank, world, local_rank, device, host_group)
 
 
 def _open_store(rank: int, world: int, wait_s: float) -> dist.Store:

@@ -50,10 +50,11 @@ class FileSink:
     """TensorBoard events under `tensorboard/` and one JSON line for each call of `scalars` in metrics.jsonl.
 
     Both are flushed at each call: a process that is killed after a checkpoint has lost no point before it.
+    refuse: raises when this run may not write any more.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, resume_step: int, refuse: Callable[[], None] = lambda: None) -> None:
+        self.run_dir, self.refuse = run_dir, refuse
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_later_lines(run_dir / "metrics.jsonl", resume_step)
         for document in (run_dir / "evaluation").glob("step-*.json"):
@@ -63,6 +64,7 @@ class FileSink:
         self.lines = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 closed by close()
 
     def scalars(self, values: Mapping[str, float], step: int, epoch: float) -> None:
+        self.refuse()
         numbers = {name: float(value) for name, value in values.items()}
         for name, value in (numbers | {"epoch": float(epoch)}).items():
             self.events.add_scalar(name, value if math.isfinite(value) else math.nan, step)
@@ -77,6 +79,7 @@ class FileSink:
             self.events.add_image(tag, image_HW3, step, dataformats="HWC")
 
     def document(self, name: str, content: Any) -> None:
+        self.refuse()
         write_json(self.run_dir / name, content)
 
     def close(self) -> None:
@@ -84,12 +87,14 @@ class FileSink:
         self.lines.close()
 
 
-def open_sink(run_dir: str | Path, is_main: bool, resume_step: int | None = None) -> Sink:
+def open_sink(
+    run_dir: str | Path, is_main: bool, resume_step: int | None = None, refuse: Callable[[], None] = lambda: None
+) -> Sink:
     """The sink of this rank. What an earlier attempt wrote after `resume_step` is forgotten.
 
     None: the run starts; all that an attempt without a checkpoint may have left is forgotten.
     """
-    return FileSink(Path(run_dir), resume_step or 0) if is_main else NullSink()
+    return FileSink(Path(run_dir), resume_step or 0, refuse) if is_main else NullSink()
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:

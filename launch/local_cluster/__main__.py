@@ -113,6 +113,8 @@ def up(folder: Path, nodes: int, gpus: int) -> int:
             return 0
         raise RuntimeError(f"another or a broken cluster is up in {folder}; end it first: "
                            "python -m launch.local_cluster down")  # fmt: skip
+    if any(folder.iterdir()) and not (folder / "size").exists():
+        raise RuntimeError(f"--dir: {folder} holds other things; expected a folder that is empty, or not there")
     missing = [name for name in (*DAEMONS, *CLIENTS) if not shutil.which(name, path=search_path())]
     if missing:
         raise RuntimeError(f"not installed: {', '.join(missing)}; on Debian, as root: {PACKAGES}")
@@ -137,7 +139,7 @@ def up(folder: Path, nodes: int, gpus: int) -> int:
 
 def down(folder: Path) -> int:
     ended = end(folder)
-    if (folder / "slurm.conf").exists():  # nothing of a folder that is not a cluster's
+    if (folder / "size").exists():  # nothing of a folder that is not a cluster's
         shutil.rmtree(folder)
     print(f"ended {ended} processes" if ended else "not up")
     return 0
@@ -211,8 +213,9 @@ def wait_until_idle(folder: Path, nodes: int) -> None:
 def end(folder: Path) -> int:
     """Jobs, then daemons, then what is left of both; how many processes it ended."""
     if "slurmctld" in daemons(folder):
-        subprocess.run(["scancel", "--full", "--signal=KILL", "--user=root"], env=environment(folder),
-                       capture_output=True, timeout=30)  # fmt: skip
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(["scancel", "--full", "--signal=KILL", "--user=root"], env=environment(folder),
+                           capture_output=True, timeout=30)  # fmt: skip
     ended = len(daemons(folder))
     for number in (signal.SIGTERM, signal.SIGKILL):
         waited = time.monotonic() + 10

@@ -1,16 +1,23 @@
 """Two real processes that meet; what is wrong with one is told on both."""
 
+import os
+import socket
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException
 
 from framework.config import load
 from framework.engine.preflight import Preflight, found_faults, gpu_faults
 from framework.engine.ranks import Ranks
-from framework.errors import UsageError
+from framework.errors import LEFT_ALONE, MISUSED, UsageError
 from tests.distributed import free_port, run_ranks
+from tests.paths import REPOSITORY
 
 BASE = ["model.backbone.norm=group", "eval.every=0"]
 
@@ -27,7 +34,7 @@ def meets(ranks: Ranks, port: int, folder: str, settings: list[str], env: dict[s
         return ""
     try:
         meeting.meet(store, ranks.rank, ranks.world)
-        meeting.reduce(ranks.device)
+        meeting.reduce(ranks.device, None)
     except UsageError as error:
         return str(error)
     return ""
@@ -96,22 +103,43 @@ def test_what_differs_is_told_by_host():
     ]
 
 
-def stops_in_the_middle(ranks: Ranks, port: int, folder: str) -> str:
+def stops_in_the_middle(ranks: Ranks, port: int, folder: str) -> None:
     store = dist.TCPStore("127.0.0.1", port, ranks.world, ranks.is_main, timedelta(seconds=30), wait_for_workers=False)
-    meeting = Preflight(load(None, [*BASE, f"train.run_dir={folder}"]), {"SLURMD_NODENAME": f"n{ranks.rank + 1}"})
+    overrides = [*BASE, f"train.run_dir={folder}/run", "train.meet_minutes=0.05"]
+    meeting = Preflight(load(None, overrides), {"SLURMD_NODENAME": f"n{ranks.rank + 1}"})
     meeting.meet(store, ranks.rank, ranks.world)
     if ranks.rank:
-        store.wait(["told"], timedelta(seconds=30))  # and no all-reduce
-        return ""
-    try:
-        meeting.reduce(ranks.device, wait_s=1.0)
-    except UsageError as error:
-        return str(error)
-    finally:
-        store.set("told", "")
-    return ""
+        time.sleep(20)  # and no all-reduce
+    else:
+        with open(f"{folder}/told", "w") as file:
+            os.dup2(file.fileno(), 2)
+            meeting.reduce(ranks.device, None)
 
 
-def test_an_all_reduce_that_does_not_return_names_who_is_not_in_it(tmp_path):
-    fault, _ = run_ranks(2, stops_in_the_middle, free_port(), str(tmp_path))
-    assert "rank 1 on n2 did not begin it" in fault
+def test_an_all_reduce_that_does_not_return_ends_the_run_and_names_who_is_not_in_it(tmp_path):
+    with pytest.raises(ProcessExitedException) as error:
+        run_ranks(2, stops_in_the_middle, free_port(), str(tmp_path))
+    assert (error.value.error_index, error.value.exit_code) == (0, LEFT_ALONE)
+    told = (tmp_path / "told").read_text()
+    assert told.startswith("error: an all-reduce is not there within 3 s (train.meet_minutes): rank 1 on n2 did not ")
+
+
+def opened(**variables: str) -> str:
+    """What init_ranks tells of this environment."""
+    command = [sys.executable, "-c", "from framework.engine import ranks\nfrom framework.errors import command\n"
+               "ranks.STORE_PATIENCE_S = 2.0\ncommand(ranks.init_ranks)"]  # fmt: skip
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "RANK": "0", **variables}
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == MISUSED
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_port_that_is_taken_a_name_that_is_unknown_and_a_rank_0_that_is_not_there_are_told():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"MASTER_PORT: something else listens at port {port} of " in opened(MASTER_PORT=port)
+    assert "does not know the name no.such.host" in opened(MASTER_ADDR="no.such.host", MASTER_PORT="20000")
+    port = str(free_port())
+    assert f"rank 1 on {socket.gethostname()} finds no rank 0 at 127.0.0.1:{port}" in opened(RANK="1", MASTER_PORT=port)

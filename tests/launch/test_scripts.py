@@ -97,10 +97,10 @@ def test_a_configuration_that_cannot_be_used_keeps_nothing(tmp_path):
 def test_two_starts_that_saved_nothing_are_the_last(tmp_path):
     starts = tmp_path / "starts.jsonl"
     for step in (0, 4, 4):
-        refuse_without_progress(starts, step, Path("runs/r"))
+        refuse_without_progress(starts, 0, step, Path("runs/r"))
     with pytest.raises(InputError, match=r"2 starts of this job in a row have saved nothing after step 4 of runs/r"):
-        refuse_without_progress(starts, 4, Path("runs/r"))
-    refuse_without_progress(starts, 6, Path("runs/r"))
+        refuse_without_progress(starts, 1, 4, Path("runs/r"))
+    refuse_without_progress(starts, 1, 6, Path("runs/r"))
 
 
 def test_the_newest_step_is_that_of_a_checkpoint(tmp_path):
