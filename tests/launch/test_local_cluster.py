@@ -46,6 +46,12 @@ def test_up_is_safe_to_run_twice_and_down_ends_only_what_it_started(lab, tmp_pat
     assert not (tmp_path / "second").exists()
     assert command("down", *second).stdout == "not up\n"
     assert command("status", *second).returncode == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/slurm.conf").write_text("somebody's")
+    mine = ["--dir", str(tmp_path / "mine")]
+    assert "holds other things" in command("up", *mine).stderr
+    assert command("down", *mine).stdout == "not up\n"
+    assert (tmp_path / "mine/slurm.conf").exists()
     assert daemons(lab.cluster.folder) == before
     assert "idle" in command("status", *where).stdout
 
