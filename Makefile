@@ -75,6 +75,8 @@ bench: build  ## the figures in docs/results/ (real data is read through TENFOLD
 	@'$(PYTHON)' -m benchmarks.real_data
 	@'$(PYTHON)' -m benchmarks.engine
 	@'$(PYTHON)' -m benchmarks.kills
+	@'$(PYTHON)' -m benchmarks.scale
+	@'$(PYTHON)' -m benchmarks.slurm
 
 # SIZE=gpu: on a GPU; PARTS="reported ..." and MINUTES: what to train, and for how long; RECORD=1: in docs/results/
 SIZE    ?= cpu

@@ -9,10 +9,10 @@ is given again. Runs and report are in runs/convergence-<size>/; with --record e
 numbers, its event files) and the report go to docs/results/convergence/<size>/, and what stands there is not trained
 again. The protocol: docs/convergence.md.
 
-sweep: learning rates, on a seed of their own. pair: what one looks at first. reported: the protocol's runs. more: the
-other models. without: Deformable DETR with one thing taken away. attention: where the models look after epochs 1, 5 and
-20. again: runs of `reported`, repeated, which have to be bit-equal. aquarium, deeppcb: photographs, read through
-TENFOLD_DATA.
+sweep: learning rates, on a seed of their own. pair: what one looks at first. reported: the protocol's runs. longer:
+DETR-DC5's schedules of 20 N, where it has not converged in 10 N. more: the other models. without: Deformable DETR with
+one thing taken away. attention: where the models look after epochs 1, 5 and 20. again: runs of `reported`, repeated,
+which have to be bit-equal. aquarium, deeppcb: photographs, read through TENFOLD_DATA.
 """
 
 import argparse
@@ -50,6 +50,7 @@ from framework.tracking.run_folder import different_keys
 DATA = DATA.resolve()  # before the command changes its folder
 RECORDED = ROOT / "docs" / "results" / "convergence"
 LOOKED_AT = (1, 5, 20)  # epochs
+LONGER = 20  # N
 PHOTOGRAPHS = ("aquarium", "deeppcb")
 # They are few, so that an epoch has few steps: six times the epochs, and an evaluation after every third.
 MORE_EPOCHS = 6
@@ -162,6 +163,8 @@ def plan(part: str, size: Size, seeds: int, rates: dict[str, float]) -> list[Run
         of_detr = [("detr-dc5", round(times * n)) for times in size.times]
         schedules = [of_detr[0], ("deformable", n), *of_detr[1:]]
         return [of(model, epochs, seed) for seed in every_seed for model, epochs in schedules]
+    if part == "longer":  # where the baseline has not converged
+        return [of("detr-dc5", LONGER * n, seed) for seed in every_seed]
     if part == "more":
         return [of(model, epochs, seed) for seed in every_seed for model, epochs in
                 (("refine", n), ("two-stage", n), ("detr", longest))]  # fmt: skip
@@ -176,7 +179,7 @@ def plan(part: str, size: Size, seeds: int, rates: dict[str, float]) -> list[Run
             (("detr-dc5", 5 * n), ("deformable", n), ("detr-dc5", n))]  # fmt: skip
 
 
-PARTS = ("sweep", "pair", "reported", "more", "without", "attention", "again", *PHOTOGRAPHS)
+PARTS = ("sweep", "pair", "reported", "longer", "more", "without", "attention", "again", *PHOTOGRAPHS)
 
 
 class Experiment:
@@ -379,7 +382,7 @@ class Experiment:
         drawn = ROOT / "data" / f"convergence-{self.name}" / "drawn" / "report.json"
         if drawn.exists():
             shutil.copyfile(drawn, self.out / "set.json")
-        whole = [*self.plan("reported", MOST_SEEDS), *self.plan("more", MOST_SEEDS)]
+        whole = [run for part in ("reported", "longer", "more") for run in self.plan(part, MOST_SEEDS)]
         tables = {
             "sweep": self.plan("sweep", 1),
             "with one thing taken away": [run for run in whole if run.model in ("deformable", "refine")]
@@ -412,7 +415,7 @@ class Experiment:
         flags = []
         if by_protocol and (whole := [run for seed in self.whole_seeds() for run in seed]):
             # Only these may be compared by the protocol: a mean over other seeds would be another mean.
-            part = {run for run in self.plan("reported", MOST_SEEDS) if run not in whole}
+            part = {run for name in ("reported", "longer") for run in self.plan(name, MOST_SEEDS) if run not in whole}
             done = {run: folder for run, folder in done.items() if run not in part}
             labels = list(dict.fromkeys(run.label for run in whole if run.model == "detr-dc5"))
             method = next(run.label for run in whole if run.model == "deformable")
@@ -432,9 +435,13 @@ class Experiment:
             shutil.rmtree(self.out / name / "tensorboard", ignore_errors=True)
 
     def whole_seeds(self) -> list[list[Run]]:
-        """The reported runs of each seed of which all schedules are done."""
+        """The reported runs of each seed of which all schedules are done, and the longer one if it is of all these."""
         seeds = [[run for run in self.plan("reported", MOST_SEEDS) if run.seed == n] for n in range(1, MOST_SEEDS + 1)]
-        return [runs for runs in seeds if all(map(self.folder, runs))]
+        whole = [runs for runs in seeds if all(map(self.folder, runs))]
+        longer = [next(run for run in self.plan("longer", MOST_SEEDS) if run.seed == runs[0].seed) for runs in whole]
+        if all(map(self.folder, longer)):
+            whole = [[*runs, more] for runs, more in zip(whole, longer, strict=True)]
+        return whole
 
     def report_again(self) -> None:
         """Are runs of the same seed equal in every bit? (On one machine, with as many cores.)"""

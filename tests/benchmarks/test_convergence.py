@@ -94,6 +94,18 @@ def test_the_docs_quote_the_recorded_runs():
         assert f"| {title} | {run['epochs']} | {run['seed']} | {100 * run['AP']:.1f} |" in text
 
 
+def test_longer_schedules_count_once_all_seeds_have_theirs(tmp_path, monkeypatch):
+    one = experiment.Experiment("cpu", record=True)
+    reported, longer = one.plan("reported", 2), one.plan("longer", 2)
+    done = {*reported, longer[0]}
+    monkeypatch.setattr(one, "folder", lambda run: tmp_path if run in done else None)
+    assert [len(runs) for runs in one.whole_seeds()] == [5, 5]
+    done.add(longer[1])
+    assert [runs[-1] for runs in one.whole_seeds()] == longer
+    done.remove(reported[0])  # the rest of its seed is not there
+    assert one.whole_seeds() == [[*reported[5:], longer[1]]]
+
+
 def test_names_are_unique():
     runs = {run for part in experiment.PARTS for run in experiment.plan(part, CPU, 3, CPU.chosen)}
     assert len({run.name for run in runs}) == len(runs)
