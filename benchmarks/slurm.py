@@ -32,6 +32,7 @@ from benchmarks import results
 from framework.engine.incarnation import FILE as INCARNATIONS
 from framework.tracking.sink import read_lines
 from launch.local_cluster.__main__ import daemons
+from tests.runs import TINY
 
 IMAGES, BATCH, EPOCHS = 50, 8, 4
 STEPS_PER_EPOCH = IMAGES // BATCH  # and a tail of 2 images
@@ -39,23 +40,11 @@ STEPS = EPOCHS * STEPS_PER_EPOCH
 FAULT_STEP = 9
 BAND = 1e-4  # of losses in another world; docs/engine.md
 WAIT_S = 240.0
-CONFIG = """
-model:
-  width: 32
-  num_heads: 2
-  encoder_layers: 1
-  decoder_layers: 2
-  ffn_width: 32
-  num_queries: 40
-  backbone: {name: resnet18, norm: group, width: 16}
-data: {workers: 1, sizes: [96], max_size: 128, crop_resize: [48], crop_sizes: [32, 48]}
-engine: {precision: fp32}
-tracking: {log_every: 1, pictures: 0}
-"""
 SETTINGS = [
+    "model.queries=learned", "model.refine_boxes=false", "model.num_queries=40", "data.sizes=[96]", "data.max_size=128",
     f"train.global_batch={BATCH}", "train.micro_batch=2", f"train.epochs={EPOCHS}", "train.lr_drop_epochs=[3]",
     "train.checkpoint_every=4", "train.hang_minutes=0.5", f"eval.every={EPOCHS}", "eval.batch=2",
-    "model.backbone.weights=null",
+    "model.backbone.weights=null", "tracking.pictures=0",
 ]  # fmt: skip
 
 
@@ -171,7 +160,7 @@ class Lab:
         self.folder, self.cluster, self.count = folder, cluster, 0
         for name in ("framework", "ops", "data_tools", "launch", "configs"):
             (folder / name).symlink_to(results.ROOT / name)
-        (folder / "small.yaml").write_text(CONFIG)
+        (folder / "small.yaml").write_text(TINY)
         python = folder / "python"
         python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{results.ROOT}" exec {sys.executable} '
                           f'{results.ROOT}/benchmarks/slurm_rank.py "$@"\n')  # fmt: skip
