@@ -80,7 +80,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "env":
             print(f"export SLURM_CONF={folder}/slurm.conf {FOR_RANKS}")
             return 0
-        folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             if args.command == "up":
                 return up(folder, args.nodes, args.gpus)
@@ -113,7 +112,7 @@ def up(folder: Path, nodes: int, gpus: int) -> int:
             return 0
         raise RuntimeError(f"another or a broken cluster is up in {folder}; end it first: "
                            "python -m launch.local_cluster down")  # fmt: skip
-    if any(folder.iterdir()) and not (folder / "size").exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / "size").exists():
         raise RuntimeError(f"--dir: {folder} holds other things; expected a folder that is empty, or not there")
     missing = [name for name in (*DAEMONS, *CLIENTS) if not shutil.which(name, path=search_path())]
     if missing:
@@ -160,7 +159,7 @@ def status(folder: Path) -> int:
 
 def write_configuration(folder: Path, nodes: int, gpus: int) -> None:
     for name in ("state", "spool", "gpus"):
-        (folder / name).mkdir(exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
     for name in names(nodes):
         (folder / "spool" / name).mkdir(exist_ok=True)
     for gpu in range(gpus):
@@ -267,6 +266,7 @@ def free_ports(count: int) -> list[int]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Two that start at the same time come one after the other."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
