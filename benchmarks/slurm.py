@@ -6,8 +6,8 @@ faults: three nodes of two dummy GPUs (launch/local_cluster); four ranks, gloo, 
     else is the code that trains on 64 GPUs. After each fault: does the job go on by itself; is the loss of every step
     that of the undisturbed run; was every image of an epoch trained on once, less the declared tail; did only one
     write?
-start: from sbatch to the first step with 1, 8, 16, 32, 64 ranks on 8 x 8 dummy GPUs, and where the time goes.
-all: 64 ranks train 20 steps and evaluate, are put back into the queue once, and end; needs 24 GiB.
+start: from sbatch to the first step with 1, 8, 16, 32 ranks on 8 x 8 dummy GPUs, and where the time goes.
+all: the same with 64 ranks, which train 20 steps and evaluate, are put back into the queue once, and end; needs 24 GiB.
 Writes docs/results/slurm.{json,md}. As root, with SLURM and munge installed.
 """
 
@@ -122,8 +122,8 @@ class Job:
     def wait_for_state(self, *states: str, patience_s: float = WAIT_S) -> None:
         self.wait_for(f"state {states}", lambda: self.state() in states, patience_s)
 
-    def wait_for_requeue(self, restart: int = 1) -> None:
-        self.wait_for("requeue", lambda: self.restarts() >= restart)
+    def wait_for_requeue(self, restart: int = 1, patience_s: float = WAIT_S) -> None:
+        self.wait_for("requeue", lambda: self.restarts() >= restart, patience_s)
 
     def rank_pids(self, restart: int = 0) -> dict[int, int]:
         """Process ids of the ranks by their number."""
@@ -432,40 +432,45 @@ LARGE = ["train.micro_batch=1", "train.lr_drop_epochs=[]", "train.meet_minutes=3
 
 
 def start() -> dict[str, Any]:
-    """Of rank 0, seconds since sbatch; each part's end."""
-    rows = []
+    """Seconds from sbatch until rank 0 has done each part of its start, of ranks that share the cores."""
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "cluster", 8, 8) as cluster:
         lab = Lab(Path(folder), cluster, images=64)
-        for nodes, tasks in ((1, 1), (1, 8), (2, 8), (4, 8), (8, 8)):
-            world, submitted = nodes * tasks, time.time()
-            job = lab.submit(*LARGE, f"train.global_batch={world}", "train.max_steps=1", "eval.every=0", nodes=nodes,
-                             tasks=tasks, pace_s=0)  # fmt: skip
+        rows = []
+        for nodes, tasks in ((1, 1), (1, 8), (2, 8), (4, 8)):
+            submitted = time.time()
+            job = lab.submit(*LARGE, f"train.global_batch={nodes * tasks}", "train.max_steps=1", "eval.every=0",
+                             nodes=nodes, tasks=tasks, pace_s=0)  # fmt: skip
             job.wait_for_state("COMPLETED", "FAILED", patience_s=3000)
-            ends = {line["done"]: line["time"] - submitted for line in read_lines(job.trace / "0-0.jsonl")
-                    if "done" in line}  # fmt: skip
-            rows.append({"ranks": world, **{what: round(seconds, 1) for what, seconds in ends.items()},
-                         "state": job.state()})  # fmt: skip
+            rows.append(start_of(job, submitted) | {"state": job.state()})
             print(json.dumps(rows[-1]), flush=True)
     return {"start": rows}
+
+
+def start_of(job: Job, submitted: float) -> dict[str, Any]:
+    ends = {line["done"]: round(line["time"] - submitted, 1) for line in read_lines(job.trace / "0-0.jsonl")
+            if "done" in line}  # fmt: skip
+    return {"ranks": len(list(job.trace.glob("0-*.jsonl"))), **ends}
 
 
 def all_ranks() -> dict[str, Any]:
     """64 ranks: 20 steps, an evaluation, and a warning between."""
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "cluster", 8, 8) as cluster:
         lab = Lab(Path(folder), cluster, images=640)
-        began = time.monotonic()
+        submitted = time.time()
         job = lab.submit(*LARGE, "train.global_batch=64", "eval.every=2", nodes=8, tasks=8, pace_s=0)
         job.wait_for("step 8", lambda: any(step >= 8 for _, _, step, _ in job.steps()), patience_s=3000)
         pids = job.rank_pids()
         memory = sum(proportional_memory(pid) for pid in pids.values())
+        print(json.dumps(start_of(job, submitted)), flush=True)
         cluster.run("scancel", "--batch", "--signal=USR2", job.id)
-        job.wait_for_requeue()
+        job.wait_for_requeue(patience_s=3000)
         job.wait_for_state("COMPLETED", "FAILED", patience_s=3000)
         evaluated = sorted(path.name for path in job.run_dir.glob("evaluation/*.json"))
         shutil.copy(job.console, results.RESULTS / "slurm-64-ranks.txt")
-        return {"ranks": len(pids), "state": job.state(), "restarts": job.restarts(), "evaluated": ", ".join(evaluated),
-                "steps": len(job.losses()), "memory of all ranks, GiB": round(memory / 2**30, 1),
-                "minutes": round((time.monotonic() - began) / 60, 1)}  # fmt: skip
+        return {"start": [start_of(job, submitted)], "ranks": len(pids), "state": job.state(),
+                "restarts": job.restarts(), "evaluated": ", ".join(evaluated), "steps": len(job.losses()),
+                "memory of all ranks, GiB": round(memory / 2**30, 1),
+                "minutes": round((time.time() - submitted) / 60, 1)}  # fmt: skip
 
 
 def proportional_memory(pid: int) -> int:

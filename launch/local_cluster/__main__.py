@@ -215,15 +215,17 @@ def end(folder: Path) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(["scancel", "--full", "--signal=KILL", "--user=root"], env=environment(folder),
                            capture_output=True, timeout=30)  # fmt: skip
-    ended = len(daemons(folder))
+    started = daemons(folder)  # whose files of process ids go before they themselves do
     for number in (signal.SIGTERM, signal.SIGKILL):
         waited = time.monotonic() + 10
-        while (left := [*daemons(folder).values(), *tasks(folder)]) and time.monotonic() < waited:
+        while (left := [*(p for p in started.values() if is_of(folder, p)), *tasks(folder)]) and (
+            time.monotonic() < waited
+        ):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             time.sleep(0.2)
-    return ended
+    return len(started)
 
 
 def daemons(folder: Path) -> dict[str, int]:
@@ -231,10 +233,16 @@ def daemons(folder: Path) -> dict[str, int]:
     found = {}
     for file in folder.glob("*.pid"):
         with contextlib.suppress(OSError, ValueError):
-            pid = int(file.read_text())
-            if str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():  # not somebody else's by now
+            if is_of(folder, pid := int(file.read_text())):
                 found[file.stem] = pid
     return found
+
+
+def is_of(folder: Path, pid: int) -> bool:
+    """A daemon of this cluster, and not somebody else's process by now."""
+    with contextlib.suppress(OSError):
+        return str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def tasks(folder: Path) -> Iterator[int]:
