@@ -210,7 +210,7 @@ def load_optimizer(folder: str | Path, engine: Any, ema: Ema | None = None) -> d
 
 def _write(
     folder: Path, tensors: dict[str, Tensor], fixed: dict[str, Tensor], state: dict[str, Any],
-    refuse: Callable[[], None],
+    refuse: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """tensors: by kind and name; see `Checkpoints.save`."""
     temporary = _unfinished(folder)
