@@ -75,7 +75,7 @@ def test_more_gpus_than_there_are_and_a_configuration_that_is_not_there_are_refu
 
 
 def test_a_job_that_is_cancelled_stays_so(lab):
-    job = lab.submit()
+    job = lab.submit(tasks=1)
     job.wait_for_step(2)
     lab.cluster.run("scancel", job.id)
     job.wait_for("its end", lambda: not lab.cluster.run("squeue", "--noheader", "--jobs", job.id, check=False))
@@ -84,17 +84,17 @@ def test_a_job_that_is_cancelled_stays_so(lab):
 
 
 def test_a_job_that_is_warned_damaged_and_killed_ends_as_the_undisturbed_one(lab):
-    undisturbed = lab.submit(pace_s=0)
+    undisturbed = lab.submit(tasks=1, pace_s=0)
     undisturbed.wait_for_state("COMPLETED", "FAILED")
     assert verify(undisturbed, undisturbed, 0)["faults"] == []
 
-    job = lab.submit()
+    job = lab.submit(tasks=1)
     job.wait_for_step(FAULT_STEP)
     lab.cluster.run("scancel", "--batch", "--signal=USR2", job.id)
     job.wait_for_requeue()
     damaged = damage_newest(job)
     job.wait_for_step(FAULT_STEP + 4, restart=1)
-    job.kill_rank(2, restart=1)
+    job.kill_rank(1, restart=1)
     job.wait_for_state("COMPLETED", "FAILED")
     assert job.said("stopped by SIGUSR2")
     assert job.said(f"{damaged} is not used")
