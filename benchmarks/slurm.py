@@ -255,12 +255,18 @@ def expect(job: Job, words: str) -> None:
 Outcome = tuple[Job, int, float]
 
 
-def t1_warned(lab: Lab) -> Outcome:
-    """USR2 before the time limit, as --signal=B:USR2@300 sends it"""
+def warned(lab: Lab) -> Job:
+    """A job that has got USR2 and is back in the queue."""
     job = lab.submit()
     job.wait_for_step(FAULT_STEP)
     lab.cluster.run("scancel", "--batch", "--signal=USR2", job.id)
     job.wait_for_requeue()
+    return job
+
+
+def t1_warned(lab: Lab) -> Outcome:
+    """USR2 before the time limit, as --signal=B:USR2@300 sends it"""
+    job = warned(lab)
     expect(job, "stopped by SIGUSR2")
     return job, 1, 0.0
 
@@ -327,10 +333,7 @@ def t5_node_down(lab: Lab) -> Outcome:
 
 def t6_half_the_nodes(lab: Lab) -> Outcome:
     """requeued onto half the nodes: twice the accumulation"""
-    job = lab.submit()
-    job.wait_for_step(FAULT_STEP)
-    lab.cluster.run("scancel", "--batch", "--signal=USR2", job.id)
-    job.wait_for_requeue()
+    job = warned(lab)
     lab.cluster.run("scontrol", "update", f"JobId={job.id}", "NumNodes=1-1", "NumTasks=2", "NumCPUs=2")
     job.wait_for_step(FAULT_STEP + 2, restart=1)
     expect(job, "2 ranks x 2 images x 2 accumulated")
@@ -350,10 +353,7 @@ def t7_stopped_rank(lab: Lab) -> Outcome:
 
 def t8_damaged_checkpoint(lab: Lab) -> Outcome:
     """a flipped byte in the newest checkpoint, between two starts"""
-    job = lab.submit()
-    job.wait_for_step(FAULT_STEP)
-    lab.cluster.run("scancel", "--batch", "--signal=USR2", job.id)
-    job.wait_for_requeue()
+    job = warned(lab)
     damaged = damage_newest(job)
     job.wait_for_step(FAULT_STEP + 2, restart=1)
     expect(job, f"{damaged} is not used")

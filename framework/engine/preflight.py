@@ -50,9 +50,10 @@ class Preflight:
     def meet(self, store: Store, rank: int, world: int) -> None:
         """Everybody is there, with the same versions and code, and sees the data, the run folder and GPUs."""
         self.store, self.rank, self.world = PrefixStore("preflight", store), rank, world
+        self.serves = rank == 0  # the store, and so it judges
         self.store.set(f"report/{rank}", json.dumps(own_report(self.config, rank, self.env)))
         self._count_in("came")
-        if rank == 0:
+        if self.serves:
             self._wait_for_all("came")
             self.reports = [json.loads(self.store.get(f"report/{r}")) for r in range(world)]
             self.probe = f".preflight-{uuid.uuid4().hex[:8]}"  # of this start
@@ -60,11 +61,11 @@ class Preflight:
             self.store.set("now", json.dumps([time.time(), fault, self.probe]))
         now, fault, self.probe = json.loads(self._get("now"))
         look_s = min(PROBE_S, self.wait_s / 2)
-        seen = {"skew": time.time() - now, "fault": fault if rank == 0 else self._probe_fault(fault, look_s)}
+        seen = {"skew": time.time() - now, "fault": fault if self.serves else self._probe_fault(fault, look_s)}
         self.store.set(f"seen/{rank}", json.dumps(seen))
         self._count_in("seen all")
         faults = []
-        if rank == 0:
+        if self.serves:
             self._wait_for_all("seen all")
             with contextlib.suppress(OSError):  # not there where it could not be written
                 self._probe().unlink()
@@ -83,7 +84,7 @@ class Preflight:
 
         def expire() -> None:
             print(f"error: {self._who_hangs(store, what)}", file=sys.stderr, flush=True)
-            time.sleep(LAST_S if self.rank == 0 else 0.0)  # it serves the store
+            time.sleep(LAST_S if self.serves else 0.0)  # it serves the store
             os._exit(LEFT_ALONE)
 
         timer = threading.Timer(self.wait_s, expire)
@@ -119,7 +120,7 @@ class Preflight:
         """On every rank; rank 0, which serves the store, leaves last."""
         self.store.add("refused", 1)
         deadline = time.monotonic() + LAST_S
-        while self.rank == 0 and self.store.add("refused", 0) < self.world and time.monotonic() < deadline:
+        while self.serves and self.store.add("refused", 0) < self.world and time.monotonic() < deadline:
             time.sleep(0.05)
         raise UsageError("\n  ".join(["before the first step:", *faults] if len(faults) > 1 else faults))
 
