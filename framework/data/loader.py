@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -341,7 +342,7 @@ def _load(
         prefetch_factor=PREFETCHED if config.workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(_start_worker, workers),
-        multiprocessing_context="fork" if config.workers else None,
+        multiprocessing_context=_DeafFork() if config.workers else None,
         generator=torch.Generator(),  # the default is the global one, which would move with each iteration
     )
     return _told(iter(loader), workers)
@@ -452,6 +453,21 @@ def _told(batches: Iterator[Batch | Sent], workers: list[_Worker]) -> Iterator[B
         yield batch.received() if isinstance(batch, Sent) else batch
 
 
+class _DeafProcess(ForkProcess):
+    """Forked while SIGTERM is blocked, so that no thread of it hears one: torch starts some before `_start_worker`."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _DeafFork(ForkContext):
+    Process = _DeafProcess
+
+
 def _start_worker(workers: list[_Worker], worker: int) -> None:
     """One thread; deaf to the signals that a scheduler or Ctrl-C sends to all processes.
 
@@ -462,7 +478,6 @@ def _start_worker(workers: list[_Worker], worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_leave_when_parent_says_so, daemon=True).start()
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import asdict, fields, replace
 
@@ -348,13 +349,20 @@ def workers_now() -> list:
     return multiprocessing.active_children()
 
 
-def test_workers_are_deaf_to_schedulers_and_obey_their_parent(shards):
+def test_workers_are_deaf_to_schedulers_and_obey_their_parent(shards, monkeypatch):
+    def start_worker(*arguments):
+        threading.Thread(target=time.sleep, args=(100,), daemon=True).start()  # as torch does, where it has several
+        start(*arguments)
+
+    start = loader_module._start_worker
+    monkeypatch.setattr(loader_module, "_start_worker", start_worker)
     steps = train_loader(shards, workers=2, global_batch=2, micro_batch=1).epoch(0)
     next(steps)
     workers = workers_now()
     assert len(workers) == 2
-    for name in ("INT", "TERM", "USR2"):
-        subprocess.run(["kill", f"-{name}", *(str(w.pid) for w in workers)], check=True)
+    pids = " ".join(str(worker.pid) for worker in workers)
+    for name in ("INT", "TERM", "USR2"):  # many, so that each thread gets one
+        subprocess.run(f"for i in $(seq 100); do kill -{name} {pids}; done", shell=True, check=True)
     assert len([batch for step in steps for batch in step]) == 2 * 10
     assert np.all([not worker.is_alive() for worker in workers])
 

@@ -74,12 +74,13 @@ def test_more_gpus_than_there_are_and_a_configuration_that_is_not_there_are_refu
     assert "error: --config nowhere.yaml: No such file" in job.console.read_text()
 
 
-def test_a_job_that_is_cancelled_stays_so(lab):
-    job = lab.submit()
+def test_a_job_that_is_cancelled_saves_and_stays_so(lab):
+    job = lab.submit(tasks=1)  # a rank with all of a node: torch's threads, to which SLURM's signal goes too
     job.wait_for_step(2)
     lab.cluster.run("scancel", job.id)
     job.wait_for("its end", lambda: not lab.cluster.run("squeue", "--noheader", "--jobs", job.id, check=False))
     assert (job.state(), job.restarts()) == ("CANCELLED", 0)
+    assert job.said("which is saved")
 
 
 def test_a_job_that_is_warned_damaged_and_killed_ends_as_the_undisturbed_one(lab):
