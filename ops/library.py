@@ -125,3 +125,4 @@ if not _problem:
     choose_cpu_isa(os.environ.get("TENFOLD_CPU_ISA", ""))
     _register("ms_deform_attn", _fake, _fake_backward, _backward)
     _register("fused_ms_deform_attn", _fake, _fake_fused_backward, _fused_backward)
+    torch.library.register_fake("tenfold::dropout", lambda *arguments: None)

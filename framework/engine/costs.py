@@ -30,8 +30,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from framework.engine.ds_config import SENT_IN_LOWER_PRECISION
+from ops.dropout import add_dropout_
+
 STAGES = (0, 1, 2, 3)
-SENT_IN_LOWER_PRECISION = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # DeepSpeed's list, subclasses left out
 STAGE_0_BUCKET = 500_000_000  # elements
 DROPOUT_OF_ATTENTION = 10  # its place among the arguments of multi_head_attention_forward
 
@@ -199,8 +201,9 @@ class _AsOnGPU(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is nn.functional.dropout:
-            return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
+        if function is add_dropout_:
+            x, residual, p, training = args
+            return residual + torch.native_dropout(x, p, training)[0]
         if function in (nn.functional.layer_norm, nn.functional.group_norm):
             return function(args[0].float(), *args[1:], **kwargs)
         if function is nn.functional.multi_head_attention_forward:

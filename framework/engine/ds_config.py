@@ -10,7 +10,11 @@ import torch
 from torch import nn
 
 from framework.errors import UsageError
+from framework.models.backbone import ScalableConv2d
 
+# Layers that compute in autocast's dtype and whose weights and gradients DeepSpeed sends in it: these classes, not
+# those derived from them. (float32 ones: framework/models/linear.py.)
+SENT_IN_LOWER_PRECISION = (nn.Linear, nn.Conv2d, ScalableConv2d)
 BUCKET = 1 << 24  # gradients reduced at once, and room for as many: DeepSpeed's default holds 2 GB
 
 
@@ -107,7 +111,11 @@ def deepspeed_config(
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": dtype != torch.float32, "dtype": str(dtype).removeprefix("torch.")},
+        "torch_autocast": {
+            "enabled": dtype != torch.float32,
+            "dtype": str(dtype).removeprefix("torch."),
+            "lower_precision_safe_modules": [f"{one.__module__}.{one.__name__}" for one in SENT_IN_LOWER_PRECISION],
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,  # our own console and TensorBoard report
         "wall_clock_breakdown": False,
@@ -126,7 +134,7 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: 
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if ds_config["zero_optimization"]["stage"] == 0:
         skip_where_told(engine.optimizer)
-    elif ds_config["torch_autocast"] == {"enabled": True, "dtype": "float16"}:
+    elif ds_config["torch_autocast"]["dtype"] == "float16":
         scale_losses(engine.optimizer)
     return engine
 

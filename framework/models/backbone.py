@@ -36,8 +36,16 @@ class BackboneConfig:
             raise UsageError(f"model.backbone.width: found {self.width}, expected 16 or a multiple of 32 (group norm)")
 
 
+class ScalableConv2d(nn.Conv2d):
+    """A convolution that may be told a scale (C_out) of its weights and a shift (C_out) of its result."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        weight = self.weight if scale is None else self.weight * scale[:, None, None, None]
+        return nn.functional.conv2d(x, weight, shift, self.stride, self.padding, self.dilation)
+
+
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm with fixed statistics and affine, all four of them buffers."""
+    """Batch norm with fixed statistics and affine, all four of them buffers: a scale and a shift of every channel."""
 
     weight: Tensor
     bias: Tensor
@@ -52,10 +60,14 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self) -> tuple[Tensor, Tensor]:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x_BCHW * scale[:, None, None].to(x_BCHW.dtype) + shift[:, None, None].to(x_BCHW.dtype)
+        return scale, self.bias - self.running_mean * scale
+
+
+def normed(x_BCHW: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+    """norm(conv(x)), into which a frozen norm goes as weights: maps are large, weights are not."""
+    return conv(x_BCHW, *norm()) if isinstance(norm, FrozenBatchNorm2d) else norm(conv(x_BCHW))
 
 
 def group_norm(channels: int) -> nn.Module:
@@ -63,21 +75,26 @@ def group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(32 if channels >= 64 else channels // 4, channels)
 
 
+def shortcut(x: Tensor, downsample: nn.Module) -> Tensor:
+    return normed(x, *downsample) if isinstance(downsample, nn.Sequential) else x
+
+
 class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(self, c_in: int, c: int, stride: int, dilation: int, norm: NormLayer, downsample: nn.Module | None):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.conv1 = ScalableConv2d(c_in, c, 3, stride, padding=dilation, dilation=dilation, bias=False)
         self.bn1 = norm(c)
-        self.conv2 = nn.Conv2d(c, c, 3, padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = ScalableConv2d(c, c, 3, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = norm(c)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+        y = self.relu(normed(x, self.conv1, self.bn1))
+        y = normed(y, self.conv2, self.bn2)
+        return self.relu(y.add_(shortcut(x, self.downsample)))
 
 
 class Bottleneck(nn.Module):
@@ -85,19 +102,20 @@ class Bottleneck(nn.Module):
 
     def __init__(self, c_in: int, c: int, stride: int, dilation: int, norm: NormLayer, downsample: nn.Module | None):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c, 1, bias=False)
+        self.conv1 = ScalableConv2d(c_in, c, 1, bias=False)
         self.bn1 = norm(c)
-        self.conv2 = nn.Conv2d(c, c, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = ScalableConv2d(c, c, 3, stride, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = norm(c)
-        self.conv3 = nn.Conv2d(c, c * self.expansion, 1, bias=False)
+        self.conv3 = ScalableConv2d(c, c * self.expansion, 1, bias=False)
         self.bn3 = norm(c * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        return self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        y = self.relu(normed(x, self.conv1, self.bn1))
+        y = self.relu(normed(y, self.conv2, self.bn2))
+        y = normed(y, self.conv3, self.bn3)
+        return self.relu(y.add_(shortcut(x, self.downsample)))
 
 
 BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
@@ -123,7 +141,7 @@ class ResNet(nn.Module):
         self.num_maps = num_maps
         c = [width * 2**i for i in range(4)]
         ins = [width, *(channels * block.expansion for channels in c)]
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.conv1 = ScalableConv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -141,7 +159,7 @@ class ResNet(nn.Module):
                 frozen.requires_grad_(False)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        x = self.relu(self.bn1(self.conv1(images_B3HW)))
+        x = self.relu(normed(images_B3HW, self.conv1, self.bn1))
         # On CPUs torch pools channels-last maps five times as fast as others; everything else likes them as they are.
         x = self.maxpool(x.contiguous(memory_format=torch.channels_last)).contiguous()
         maps = []
@@ -164,7 +182,7 @@ def _stage(
     c_out = c * block.expansion
     downsample = None
     if stride != 1 or c_in != c_out:
-        downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), norm(c_out))
+        downsample = nn.Sequential(ScalableConv2d(c_in, c_out, 1, stride, bias=False), norm(c_out))
     first = block(c_in, c, stride, dilation if depth == 1 else 1, norm, downsample)
     rest = [block(c_out, c, 1, dilation, norm, None) for _ in range(depth - 1)]
     return nn.Sequential(first, *rest)

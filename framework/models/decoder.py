@@ -12,6 +12,7 @@ from framework.models.attention import Pyramid
 from framework.models.encoder import FeedForward, run
 from framework.models.linear import Float32Linear
 from framework.models.queries import QueryState
+from ops.dropout import add_dropout_
 
 
 class BoxHead(nn.Module):
@@ -34,15 +35,16 @@ class DecoderLayer(nn.Module):
         self.self_norm = nn.LayerNorm(width)
         self.cross_attention = cross_attention
         self.cross_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.ffn = FeedForward(width, ffn_width, dropout)
 
     def forward(self, x_BQD: Tensor, position_BQD: Tensor, references_BQn: Tensor, tokens_BSD: Tensor,
                 pyramid: Pyramid) -> Tensor:  # fmt: skip
         query = x_BQD + position_BQD
-        x_BQD = self.self_norm(x_BQD + self.dropout(self.self_attention(query, query, x_BQD, need_weights=False)[0]))
+        attended = self.self_attention(query, query, x_BQD, need_weights=False)[0]
+        x_BQD = self.self_norm(add_dropout_(attended, x_BQD, self.dropout, self.training))
         looked = self.cross_attention(x_BQD + position_BQD, references_BQn, tokens_BSD, pyramid)
-        return self.ffn(self.cross_norm(x_BQD + self.dropout(looked)))
+        return self.ffn(self.cross_norm(add_dropout_(looked, x_BQD, self.dropout, self.training)))
 
 
 class Decoder(nn.Module):

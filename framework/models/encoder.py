@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from framework.models.attention import Pyramid
+from ops.dropout import add_dropout_, relu_dropout_
 
 
 class FeedForward(nn.Module):
@@ -18,12 +19,12 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        y = self.linear2(self.dropout(self.linear1(x_BSD).relu()))
-        return self.norm(x_BSD + self.dropout(y))
+        y = self.linear2(relu_dropout_(self.linear1(x_BSD), self.dropout, self.training))
+        return self.norm(add_dropout_(y, x_BSD, self.dropout, self.training))
 
 
 class EncoderLayer(nn.Module):
@@ -31,12 +32,12 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = attention
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.ffn = FeedForward(width, ffn_width, dropout)
 
     def forward(self, tokens_BSD: Tensor, centres_BS2: Tensor, pyramid: Pyramid) -> Tensor:
         looked = self.attention(tokens_BSD + pyramid.position_BSD, centres_BS2, tokens_BSD, pyramid)
-        return self.ffn(self.norm(tokens_BSD + self.dropout(looked)))
+        return self.ffn(self.norm(add_dropout_(looked, tokens_BSD, self.dropout, self.training)))
 
 
 class Encoder(nn.Module):

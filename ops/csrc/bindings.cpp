@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
@@ -377,6 +378,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_ms_deform_attn_backward(
   return {grads.value, grads.references, grads.offsets, grads.weights};
 }
 
+// seed: one integer, in a tensor so that it can be traced. mode: a DropoutMode. All in x's dtype.
+void dropout(const Tensor& x, std::optional<Tensor> other, const Tensor& seed, double p, int64_t mode, Tensor out) {
+  Dropout d{};
+  if (mode < 0 || mode > static_cast<int64_t>(DropoutMode::kGate)) fail("mode: ", mode, ", expected 0 to 3");
+  d.mode = static_cast<DropoutMode>(mode);
+  const bool reads_other = d.mode == DropoutMode::kAdd || d.mode == DropoutMode::kGate;
+  if (reads_other != other.has_value()) fail("other: ", reads_other ? "expected" : "not expected", " in mode ", mode);
+  if (!(p >= 0 && p < 1)) fail("p: ", p, ", expected 0 <= p < 1");
+  d.dtype = dtype_of(x);
+  if (d.dtype == Dtype::kDouble) fail("x: Double, expected Float or BFloat16");
+  check_like("seed", seed, x, ScalarType::Long);
+  check_shape("seed", seed, {});
+  const auto check = [&](const char* name, const Tensor& tensor) {
+    check_shape(name, tensor, sizes_of(x));
+    check_like(name, tensor, x, x.scalar_type());
+    if (!tensor.is_contiguous()) fail(name, ": expected contiguous");
+  };
+  check("x", x), check("out", out);
+  if (other) check("other", *other);
+  d.x = x.const_data_ptr(), d.other = other ? other->const_data_ptr() : nullptr, d.out = out.mutable_data_ptr();
+  d.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+  d.threshold = static_cast<uint32_t>(std::min(p * 0x1p32, 0x1p32 - 1));
+  d.scale = static_cast<float>(1 / (1 - p));
+  const auto kernel = cpu_kernels().dropout;
+  const int64_t count = x.numel();
+  if (d.out != d.x) use_huge_pages(d.out, count * x.element_size());
+  torch::stable::parallel_for(0, parts_for(count, kDropoutBlock), 2, [&](int64_t first, int64_t last) {
+    if (first < last) kernel(d, first * kDropoutBlock, std::min(last * kDropoutBlock, count));
+  });
+}
+
 }  // namespace
 }  // namespace tenfold
 
@@ -391,6 +423,7 @@ STABLE_TORCH_LIBRARY(tenfold, m) {
   m.def("fused_ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] spatial_shapes, Tensor reference_points,"
         " Tensor sampling_offsets, Tensor attention_logits, bool references_too, bool deterministic)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("dropout(Tensor x, Tensor? other, Tensor seed, float p, int mode, Tensor(a!) out) -> ()");
 }
 
 #define TENFOLD_IMPLEMENT(m)                                                               \
@@ -399,7 +432,10 @@ STABLE_TORCH_LIBRARY(tenfold, m) {
   m.impl("fused_ms_deform_attn", TORCH_BOX(&tenfold::fused_ms_deform_attn));               \
   m.impl("fused_ms_deform_attn_backward", TORCH_BOX(&tenfold::fused_ms_deform_attn_backward))
 
-STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) { TENFOLD_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
+  TENFOLD_IMPLEMENT(m);
+  m.impl("dropout", TORCH_BOX(&tenfold::dropout));
+}
 #ifdef TENFOLD_CUDA_ARCHS
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) { TENFOLD_IMPLEMENT(m); }
 #endif

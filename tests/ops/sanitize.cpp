@@ -1,7 +1,9 @@
 // Every CPU kernel once over many shapes, on arrays that end where their tensors end, for `make sanitize`: compiled
 // with AddressSanitizer and UBSan, which report what reads or writes outside. No numbers are compared here.
 
+#include <algorithm>
 #include <cstdio>
+#include <vector>
 
 #include "../../ops/csrc/cpu/kernels_of.h"
 #include "problems.h"
@@ -31,6 +33,16 @@ int run(const CpuKernels& kernels, Problem p) {
   return status;
 }
 
+template <class V>
+void run_dropout(const CpuKernels& kernels, DropoutMode mode, Dtype dtype, int64_t count) {
+  std::vector<V> x(count), other(count), out(count);
+  Dropout d{mode, dtype, x.data(), other.data(), out.data(), 3, 1u << 30, 1.5f};
+  if (mode == DropoutMode::kPlain || mode == DropoutMode::kRelu) d.other = nullptr;
+  for (int64_t begin = 0; begin < count; begin += kDropoutBlock) {
+    kernels.dropout(d, begin, std::min(begin + kDropoutBlock, count));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -41,6 +53,13 @@ int main() {
     if (!choose_cpu_kernels(isa)) {
       std::printf("%s does not run here\n", isa);
       continue;
+    }
+    for (const auto mode : {DropoutMode::kPlain, DropoutMode::kRelu, DropoutMode::kAdd, DropoutMode::kGate}) {
+      for (const int64_t count : {int64_t{0}, int64_t{1}, int64_t{15}, int64_t{64}, kDropoutBlock + 37}) {
+        run_dropout<float>(cpu_kernels(), mode, Dtype::kFloat, count);
+        run_dropout<uint16_t>(cpu_kernels(), mode, Dtype::kBfloat16, count);
+        cases += 2;
+      }
     }
     for (const auto& levels : pyramids) {
       for (const Dtype dtype : {Dtype::kFloat, Dtype::kBfloat16, Dtype::kDouble}) {

@@ -1,5 +1,6 @@
+#include "dropout.h"
 #include "kernels.h"
 
 namespace tenfold {
-extern const CpuKernels kAvx2 = {"avx2", forward, backward, softmax_rows};
+extern const CpuKernels kAvx2 = {"avx2", forward, backward, softmax_rows, dropout};
 }

@@ -1,5 +1,6 @@
+#include "dropout.h"
 #include "kernels.h"
 
 namespace tenfold {
-extern const CpuKernels kAvx512 = {"avx512", forward, backward, softmax_rows};
+extern const CpuKernels kAvx512 = {"avx512", forward, backward, softmax_rows, dropout};
 }

@@ -1,5 +1,6 @@
+#include "dropout.h"
 #include "kernels.h"
 
 namespace tenfold {
-extern const CpuKernels kPortable = {"portable", forward, backward, softmax_rows};
+extern const CpuKernels kPortable = {"portable", forward, backward, softmax_rows, dropout};
 }
