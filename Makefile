@@ -74,6 +74,7 @@ bench: build  ## the figures in docs/results/ (real data is read through TENFOLD
 	@'$(PYTHON)' -m benchmarks.train_step
 	@'$(PYTHON)' -m benchmarks.real_data
 	@'$(PYTHON)' -m benchmarks.engine
+	@'$(PYTHON)' -m benchmarks.evaluation
 	@'$(PYTHON)' -m benchmarks.kills
 	@'$(PYTHON)' -m benchmarks.scale
 	@'$(PYTHON)' -m benchmarks.slurm
@@ -87,7 +88,7 @@ convergence: build  ## ten times fewer epochs, shown: trains Deformable DETR and
 
 # PARTS="op ..."; empty: all of them
 PARTS ?=
-gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op tests sanitizer convergence"; offline with PYTHON=python3
+gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op train tests sanitizer convergence"; offline with PYTHON=python3
 	@'$(PYTHON)' -m benchmarks.gpu_report $(if $(PARTS),--parts $(PARTS))
 
 clean:  ## remove the environment, what was built, caches; runs/ and data/ stay

@@ -1,12 +1,14 @@
 """What the engine may cost and change: losses over ZeRO stages and worlds, resuming anywhere, saving, DeepSpeed itself.
 
-    python -m benchmarks.engine [--parts losses elastic save overhead]
+    python -m benchmarks.engine [--parts losses elastic save overhead processes]
 
 losses: 20 steps of a small detector on drawn images, in fp32 and bf16, beside a plain torch loop. What chooses (the
     matcher, the proposals of a two-stage model) may choose otherwise after a difference in the last bit.
 elastic: resumed inside an epoch, from every ZeRO stage on 1, 2, 4 processes at every stage on 1, 2, 4: 144 pairs.
 save: R50 base; what a save takes from the step, on the disk, and when it is resumed from.
 overhead: R50 base, 480 x 640, one image: a step through DeepSpeed, and a plain torch loop, in turns; and where it goes.
+processes: R50 base, 480 x 640, one image for each of two processes with a thread each: through DeepSpeed together, both
+    at once for themselves, and one while the other waits, in turns.
 Writes docs/results/engine.{json,md}.
 """
 
@@ -59,7 +61,7 @@ WIDE = configuration.load(ROOT / "configs/coco_r50_deformable.yaml", ["model.num
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts: dict[str, Callable[[Path], dict[str, Any]]]
-    parts = {"losses": losses, "elastic": elastic, "save": save, "overhead": overhead}
+    parts = {"losses": losses, "elastic": elastic, "save": save, "overhead": overhead, "processes": processes}
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     args = parser.parse_args()
     for part in args.parts:
@@ -256,7 +258,7 @@ def wide_engine(ranks: Ranks, stage: int = 1) -> Any:
     torch.manual_seed(SEED)
     model = build_detector(WIDE.model)
     return start_engine(model, build_optimizer(model, OPTIM, ranks.device), deepspeed_config(
-        EngineConfig(zero_stage=stage, precision="fp32"), device=ranks.device, global_batch=1, micro_batch=1,
+        EngineConfig(zero_stage=stage, precision="fp32"), device=ranks.device, global_batch=ranks.world, micro_batch=1,
         accumulation=1, clip_norm=OPTIM.clip_norm,
     ))  # fmt: skip
 
@@ -364,6 +366,48 @@ def overhead_alone(ranks: Ranks) -> dict[str, Any]:
         f"{name}, of a plain step": f"{statistics.median(one):.3f} (pairs {min(one):.3f} to {max(one):.3f})"
         for name, one in ratios.items()
         if name != "plain"
+    }
+
+
+def processes(folder: Path) -> dict[str, Any]:
+    return run_ranks(2, processes_of_two)[0]
+
+
+def processes_of_two(ranks: Ranks) -> dict[str, Any]:
+    batch, criterion, guard = wide_batch(), Criterion(WIDE.loss, "focal"), Guard(GuardConfig(), ranks)
+    torch.manual_seed(SEED)
+    model = build_detector(WIDE.model)
+    optimizer = build_optimizer(model, OPTIM, ranks.device)
+    engine = wide_engine(ranks, 0)
+
+    def alone() -> None:
+        criterion.total(criterion(model(*batch.inputs(ranks.device)), batch.targets, 7.0)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    sides = {
+        "one, while the other waits": lambda: alone() if ranks.rank == 0 else None,
+        "both, each for itself": alone,
+        "together": lambda: train_step(engine, criterion, [batch], ranks=ranks, seed=0, step=0, guard=guard),
+    }
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(TURNS):
+        for name in (*sides,)[turn % 3 :] + (*sides,)[: turn % 3]:
+            ranks.barrier()
+            began = time.perf_counter()
+            sides[name]()
+            ranks.barrier()  # until both are done
+            if turn:
+                found[name].append(time.perf_counter() - began)
+    one, apart, together = found.values()
+    rows = [{"side": name, "step (s)": statistics.median(times)} for name, times in found.items()]
+    images = {"of both, each for itself": apart, "of both together": together}
+    return {"sides": rows} | {
+        f"images a second, times those of one: {name}": statistics.median(
+            2 * a / b for a, b in zip(one, times, strict=True)
+        )
+        for name, times in images.items()
     }
 
 

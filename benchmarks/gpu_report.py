@@ -1,6 +1,6 @@
 """What needs a GPU, in parts of at most 8 minutes, each with its results in docs/results/gpu-<part>.{json,md}.
 
-    make gpu-report [PARTS="op tests sanitizer convergence"]     (offline, in your own environment: PYTHON=python3)
+    make gpu-report [PARTS="op train tests sanitizer convergence"]   (offline, in your own environment: PYTHON=python3)
 
 A part is some commands, one after the other. A command that fails, or is not done in time, is recorded with what it
 printed last and ends its part; the next part starts all the same. TENFOLD_COMMIT names the commit
@@ -25,6 +25,30 @@ SHOWN_LINES = 15  # of the output of a command that failed
 BUILD = ["make", "-s", "build", f"PYTHON={sys.executable}"]
 PARTS = {
     "op": [BUILD, ["-m", "benchmarks.precision", "--device", "cuda"], ["-m", "benchmarks.op_gpu"]],
+    "train": [
+        BUILD,
+        *(
+            [
+                "-m",
+                "benchmarks.train_step",
+                "--repeats",
+                "1",
+                "--device",
+                "cuda",
+                "--config",
+                f"configs/{config}.yaml",
+                "--batch",
+                batch,
+                "--precision",
+                precision,
+            ]
+            for config, batch, precision in (
+                ("coco_r50_deformable", "2", "fp32"),
+                ("coco_r50_deformable", "2", "bf16"),
+                ("coco_r50_deformable_two_stage", "4", "bf16"),
+            )
+        ),
+    ],
     "tests": [BUILD, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]],
     "sanitizer": [BUILD, ["-m", "benchmarks.gpu_sanitizer"]],
     # Goes on where the last call was stopped, while runs/ is still there.

@@ -1,11 +1,15 @@
-"""A training step with the compiled operator and with ops.reference: seconds and peak memory of both in one run.
+"""A training step beside others of the same model: seconds, their parts and peak memory of each side in one run.
 
     python -m benchmarks.train_step [--config FILE] [--repeats N] [--device cuda --batch B --precision bf16]
+                                    [--published FOLDER] [--transformers]
 
 Images of 800 x 1066 with 20 boxes each; forward, matching, loss, backward and the optimizer; frozen batch norm, random
-weights. Sides take turns, each in a process of its own, and medians are compared. On a GPU every part is waited for,
-which the trainer does not do: `s` is of steps in a row, without.
+weights. `ops`: with the compiled operators. `ops.reference`: the same model in plain torch (TENFOLD_OP=reference:
+grid_sample, torch's dropout). --published, --transformers: other people's code, see benchmarks.rival_detectors. Sides
+take turns, each in a process of its own, and medians are compared. On a GPU every part is waited for, which the trainer
+does not do: `s` is of steps in a row, without.
 --profile FILE: what the GPU or CPU did in one step of the first side, by operator.
+On a CPU the first side's step is also told by kind of layer: the profiler's own seconds of each operator.
 Writes docs/results/train-step.{json,md}, on a GPU gpu-train-step.{json,md}.
 """
 
@@ -16,12 +20,18 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks import rival_detectors
 from benchmarks.results import ROOT, write
 from framework import config as configuration
+from framework.config import Config
 from framework.data.batch import Targets
 from framework.engine.ds_config import EngineConfig, autocast
 from framework.engine.optimizer import build_optimizer
@@ -32,7 +42,18 @@ from framework.tracking.meter import peak_memory_gib
 SIZE_HW = (800, 1066)
 BOXES = 20
 STEPS = {"cpu": 3, "cuda": 12}  # of a process; the first quarter does not count
-SIDES = {"compiled": "ops", "reference": "ops.reference"}
+OURS = {"ops": "compiled", "ops.reference": "reference"}  # TENFOLD_OP of each
+# Operators by kind of layer. Those in POINTWISE are the backbone's where they work on maps; a linear layer copies its
+# bias to where products are added, and sums up its gradient: matrices.
+KINDS = {
+    "backbone": ("conv", "max_pool"),
+    "linear layers": ("aten::addmm", "aten::mm", "aten::bmm", "AddmmBackward", "MmBackward"),
+    "norms": ("layer_norm", "group_norm"),
+    "the operator": ("ms_deform_attn",),
+}
+POINTWISE = ("aten::clamp_min", "aten::threshold_backward", "aten::add_", "aten::mul")
+OF_A_BIAS = ("aten::copy_", "aten::sum")
+NARROWEST = 64  # channels of a map
 
 
 def main() -> int:
@@ -43,26 +64,45 @@ def main() -> int:
     parser.add_argument("--device", choices=STEPS, default="cpu")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--published", type=Path, metavar="FOLDER", help="a checkout of the published code, a side more"
+    )
+    parser.add_argument("--transformers", action="store_true", help="the transformers library's model, a side more")
     parser.add_argument("--profile", type=Path, help="of one step; a text file")
-    parser.add_argument("--here", action="store_true", help="one side, in this process; prints JSON")
+    parser.add_argument("--here", metavar="SIDE", help="one side, in this process; prints JSON")
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(steps(args.config, torch.device(args.device), args.batch, args.precision, args.profile)))
+        print(
+            json.dumps(Step(args.here, args).run(args.profile, tell_kinds=args.here == "ops" and args.device == "cpu"))
+        )
         return 0
-    runs = {side: [] for side in SIDES}
+    sides = [*OURS, *["published"] * bool(args.published), *["transformers"] * args.transformers]
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for i in range(args.repeats):
-        for side in SIDES:
-            runs[side].append(in_process(side, args, profile=args.profile if i == 0 else None))
+        for side in sides:
+            try:
+                runs[side].append(in_process(side, args, profile=args.profile if i == 0 else None))
+            except subprocess.CalledProcessError as error:
+                if side in OURS:
+                    raise
+                print(f"{side}: {error}: left out", flush=True)
+                continue
             print(f"{args.config.stem}, {args.precision}, batch {args.batch}, {side}: {median(runs[side])}", flush=True)
-    rows = [{"operator": SIDES[side], **median(runs[side])} for side in SIDES]
-    ratios = {f"{key}: how many times less": rows[1][key] / rows[0][key] for key in ("s", "peak GiB")}
-    result = {"sides": rows, **ratios, "images/s": args.batch / rows[0]["s"]}
+    rows = [{"side": side, **median(runs[side])} for side in sides if runs[side]]
+    result = {"sides": rows, "images/s": args.batch / rows[0]["s"]}
+    for other in rows[1:]:
+        for key in ("s", "peak GiB"):
+            result[f"{key} of {other['side']}, of ops"] = other[key] / rows[0][key]
     command = f"python -m benchmarks.train_step --config configs/{args.config.name} --repeats {args.repeats}"
     part = f"{args.config.stem}, {SIZE_HW[0]} x {SIZE_HW[1]}"
     usual = [parser.get_default(name) for name in ("device", "batch", "precision")]
     if [args.device, args.batch, args.precision] != usual:
         part, command = f"{part}, {args.precision}, batch {args.batch}", " ".join([command, *settings(args)])
+    command += " --published FOLDER" * bool(args.published) + " --transformers" * args.transformers
     if args.device == "cpu":
+        shares = [run["kinds"] for run in runs["ops"]]
+        mean = {kind: statistics.mean(one[kind] for one in shares) for kind in shares[0]}
+        result["kinds"] = [{"kind of layer, ops": kind, "of a step": share} for kind, share in mean.items()]
         result |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
         write("train-step", "A training step on the CPU", part, result, command)
     else:
@@ -74,71 +114,115 @@ def settings(args: argparse.Namespace) -> list[str]:
     return ["--device", args.device, "--batch", str(args.batch), "--precision", args.precision]
 
 
-def in_process(side: str, args: argparse.Namespace, profile: Path | None) -> dict[str, list[float]]:
-    command = [sys.executable, "-m", "benchmarks.train_step", "--here", "--config", str(args.config), *settings(args)]
-    if profile and side == "compiled":
+def in_process(side: str, args: argparse.Namespace, profile: Path | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.train_step", "--here", side, "--config", str(args.config)]
+    command += [*settings(args), *(["--published", str(args.published)] if args.published else [])]
+    if profile and side == "ops":
         command += ["--profile", str(profile)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TENFOLD_OP": side, "PYTHONPATH": path}
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    environment = os.environ | {"TENFOLD_OP": OURS.get(side, ""), "PYTHONPATH": path}
+    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(printed.splitlines()[-1])  # libraries print too
 
 
-def median(runs: list[dict[str, list[float]]]) -> dict[str, float]:
-    return {key: statistics.median(number for run in runs for number in run[key]) for key in runs[0]}
+def median(runs: list[dict[str, Any]]) -> dict[str, float]:
+    return {key: statistics.median(number for run in runs for number in run[key]) for key in runs[0] if key != "kinds"}
 
 
-def steps(path: Path, device: torch.device, batch: int, precision: str, profile: Path | None) -> dict[str, list[float]]:
-    """Seconds of steps, and of their parts; peak memory of the device, on a CPU of the process."""
-    config = configuration.load(path, [])
-    torch.manual_seed(0)
-    model = build_detector(config.model).train().to(device)
-    criterion = Criterion(config.loss, config.model.classification)
-    optimizer = build_optimizer(model, config.optim, device)
-    engine = EngineConfig(precision=precision)
-    image = torch.randn(batch, 3, *SIZE_HW, device=device)
-    mask = torch.zeros(batch, *SIZE_HW, dtype=torch.bool, device=device)
-    boxes = torch.cat([torch.rand(batch * BOXES, 2) * 0.6 + 0.2, torch.rand(batch * BOXES, 2) * 0.3 + 0.05], dim=1)
-    labels = torch.randint(0, 91, (batch * BOXES,))
-    targets = Targets(labels, boxes, [BOXES] * batch, torch.ones(batch, dtype=torch.bool)).to(device)
+class Step:
+    """The training step of a side, on drawn images and boxes."""
 
-    def step(clock) -> list[float]:
+    def __init__(self, side: str, args: argparse.Namespace) -> None:
+        config = configuration.load(args.config, [])
+        self.device, self.precision = torch.device(args.device), EngineConfig(precision=args.precision)
+        torch.manual_seed(0)
+        self.batch = args.batch
+        self.image = torch.randn(self.batch, 3, *SIZE_HW, device=self.device)
+        self.mask: Tensor | None = torch.zeros(self.batch, *SIZE_HW, dtype=torch.bool, device=self.device)
+        if self.batch == 1 and side in OURS:  # as the trainer has it for one image
+            self.mask = None
+        count = self.batch * BOXES
+        boxes = torch.cat([torch.rand(count, 2) * 0.6 + 0.2, torch.rand(count, 2) * 0.3 + 0.05], dim=1)
+        labels = torch.randint(0, 91, (count,))
+        targets = Targets(labels, boxes, [BOXES] * self.batch, torch.ones(self.batch, dtype=torch.bool))
+        self.targets = targets.to(self.device)
+        self.model, self.forward, self.loss_of = self.side(side, config, args.published)
+        self.model.train().to(self.device)
+        if side in OURS:
+            self.optimizer = build_optimizer(self.model, config.optim, self.device)
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), config.optim.lr)
+
+    def side(self, side: str, config: Config, checkout: Path | None) -> rival_detectors.Rival:
+        if side == "published":
+            assert checkout is not None
+            return rival_detectors.published(checkout.resolve(), config, self.device)
+        if side == "transformers":
+            return rival_detectors.transformers(config, self.targets)
+        model, criterion = build_detector(config.model), Criterion(config.loss, config.model.classification)
+
+        def loss_of(predictions: Any, targets: Targets) -> Tensor:
+            return criterion.total(criterion(predictions, targets, num_boxes=float(len(targets.labels_N))))
+
+        return model, model, loss_of
+
+    def take(self, clock: Callable[[], float]) -> list[float]:
+        """The times between its parts."""
         times = [clock()]
-        with autocast(engine, device):
-            predictions = model(image, mask)
+        with autocast(self.precision, self.device):
+            predictions = self.forward(self.image, self.mask)
         times.append(clock())
-        loss = criterion.total(criterion(predictions, targets, num_boxes=float(batch * BOXES)))
+        loss = self.loss_of(predictions, self.targets)
         times.append(clock())
         loss.backward()
         times.append(clock())
-        optimizer.step()
-        optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return [*times, clock()]
 
-    def waited() -> float:
-        if device.type == "cuda":
+    def waited(self) -> float:
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    count = STEPS[device.type]
-    warm = max(count // 4, 1)
-    parts = [step(waited) for _ in range(count)][warm:]
-    names = ("forward s", "matching and loss s", "backward s", "optimizer s")
-    seconds = {name: [times[i + 1] - times[i] for times in parts] for i, name in enumerate(names)}
-    if device.type == "cuda":
-        began = waited()
-        for _ in range(count):
-            step(time.perf_counter)
-        whole = [(waited() - began) / count]
-    else:
-        whole = [times[-1] - times[0] for times in parts]
-    peak_gib = peak_memory_gib(device)  # before a profiler takes some
-    if profile:
-        with torch.profiler.profile() as trace:
-            step(waited)
-        order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        table = trace.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
-        profile.write_text(table + "\n")
-    return {"s": whole} | seconds | {"peak GiB": [peak_gib]}
+    def run(self, profile: Path | None, tell_kinds: bool) -> dict[str, Any]:
+        """Seconds of steps, and of their parts; peak memory of the device, on a CPU of the process."""
+        count = STEPS[self.device.type]
+        parts = [self.take(self.waited) for _ in range(count)][max(count // 4, 1) :]
+        names = ("forward s", "matching and loss s", "backward s", "optimizer s")
+        seconds = {name: [times[i + 1] - times[i] for times in parts] for i, name in enumerate(names)}
+        if self.device.type == "cuda":
+            began = self.waited()
+            for _ in range(count):
+                self.take(time.perf_counter)
+            whole = [(self.waited() - began) / count]
+        else:
+            whole = [times[-1] - times[0] for times in parts]
+        found = {"s": whole} | seconds | {"peak GiB": [peak_memory_gib(self.device)]}  # before a profiler takes some
+        if not tell_kinds and not profile:
+            return found
+        with torch.profiler.profile(record_shapes=True) as trace:
+            times = self.take(self.waited)
+        if profile:
+            order = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+            table = trace.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
+            profile.write_text(table + "\n")
+        return found | {"kinds": kinds(trace, times[-1] - times[0])}
+
+
+def kinds(trace: torch.profiler.profile, step_s: float) -> dict[str, float]:
+    """The share of a step that the operators of each kind of layer took on the CPU, and all the rest."""
+    taken: Counter[str | None] = Counter()
+    for event in trace.key_averages(group_by_input_shape=True):
+        shape = event.input_shapes[0] if event.input_shapes else []
+        kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), None)
+        if event.key.startswith(POINTWISE) and len(shape) == len("BCHW") and shape[1] >= NARROWEST:
+            kind = "backbone"
+        if event.key in OF_A_BIAS and len(shape) == len("NC"):
+            kind = "linear layers"
+        taken[kind] += event.self_cpu_time_total / 1e6
+    shares = {kind: taken[kind] / step_s for kind in KINDS}
+    return shares | {"the rest": 1 - sum(shares.values())}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ Tables and, as the last line, their JSON go to stdout. GPUs are taken to be good
 others). What CUDA, cuDNN and the allocator take, and the loss's own intermediate results, are not in the memory."""
 
 GIB = 2**30
+GPUS_GB = (16, 24, 40, 80, 141)  # of V100 and T4, 4090, A100, A100 and H100, H200
+COUNTED = 0.9  # of a GPU's memory: the rest is for what is not counted, above all CUDA itself and the allocator's gaps
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -177,23 +179,30 @@ def stages_of(args: argparse.Namespace, config: Config, world: int, accumulation
     )["zero_optimization"]  # fmt: skip
 
     size_hw = tuple(args.size) if args.size else (max(config.data.sizes), config.data.max_size)
-    alive = activations_of(model, size_hw, config, dtype)
-    rows = []
+    batch = config.train.micro_batch
+    alive = activations_of(size_hw, batch, config, dtype)
+    rows: list[dict[str, Any]] = []
     for stage in costs.STAGES:
         used = torch.float32 if stage == 0 else dtype  # the engine has no other at stage 0
         setup = costs.Setup(
             [*in_backbone, *rest], sum(b.numel() for b in model.buffers()), world, accumulation, used.itemsize,
             engine.activation_checkpointing, engine.offload_optimizer, DeepSpeedZeroConfig(**zero | {"stage": stage}),
         )  # fmt: skip
-        copies = added * used.itemsize if used != torch.float32 else 0  # autocast's, kept for backward
+        # Kept for backward: what autocast or a frozen norm makes of the weights.
+        copies = added * used.itemsize if used != torch.float32 or config.model.backbone.norm == "frozen" else 0
         bytes_of = costs.memory(stage, setup)
         bytes_of["activations"] = alive[used, engine.activation_checkpointing] + copies
         total = sum(size for name, size in bytes_of.items() if name != "host")
         collectives = [one._asdict() for one in costs.traffic(stage, setup)]
         rows.append({"stage": stage, "dtype": _short(used), "configured": stage == engine.zero_stage,
                      "memory": bytes_of | {"total": total}, "traffic": collectives})  # fmt: skip
+    used = torch.float32 if engine.zero_stage == 0 else dtype
+    kind = used, engine.activation_checkpointing
+    of_image = activations_of(size_hw, batch + 1, config, dtype)[kind] - alive[kind]
+    without = rows[engine.zero_stage]["memory"]["total"] - batch * of_image
     return {
         "parameters": setup.elements(), "trainable": setup.elements(trainable=True), "backbone_added": added,
+        "largest_micro_batch": {str(gb): max(0, int((COUNTED * gb * 1e9 - without) // of_image)) for gb in GPUS_GB},
         "size_hw": list(size_hw), "reduce_bucket_size": setup.zero.reduce_bucket_size,
         "activations": {f"{_short(used)}{' recomputed' * recomputed}": size
                         for (used, recomputed), size in alive.items()},
@@ -202,16 +211,17 @@ def stages_of(args: argparse.Namespace, config: Config, world: int, accumulation
 
 
 def activations_of(
-    model: torch.nn.Module, size_hw: tuple[int, ...], config: Config, dtype: torch.dtype
+    size_hw: tuple[int, ...], batch: int, config: Config, dtype: torch.dtype
 ) -> dict[tuple[torch.dtype, bool], int]:
     """Bytes by dtype and by whether layers are computed again: what the stages need, and the choice not taken."""
     found = {}
+    with torch.device("meta"):
+        model = build_detector(config.model)
     for recomputed in (False, True):
         if recomputed:
-            model.recompute_activations()  # type: ignore[operator]
+            model.recompute_activations()
         for used in dict.fromkeys((dtype, torch.float32)):
             if used == dtype or recomputed == config.engine.activation_checkpointing:
-                batch = config.train.micro_batch
                 found[used, recomputed] = costs.activations(model, (size_hw[0], size_hw[1]), batch, used)
     return found
 

@@ -27,7 +27,11 @@ class Mode(IntEnum):
 @wrap_torch_function(lambda x, p, training: (x,))
 def relu_dropout_(x: Tensor, p: float, training: bool) -> Tensor:
     """dropout(relu(x)), of which backward needs nothing but the result. x: any shape; its memory is used up."""
-    return _ReluDropout.apply(x, p) if training and p else x.relu_()
+    if not training or p == 0:
+        return x.relu_()
+    if implementation is not compiled:
+        return torch.nn.functional.dropout(x.relu(), p)
+    return _ReluDropout.apply(x, p)
 
 
 @wrap_torch_function(lambda x, residual, p, training: (x, residual))

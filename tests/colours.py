@@ -24,7 +24,9 @@ class FindsColours(torch.nn.Module):
         self.logits_QC = torch.full((2, num_classes), -9.0)
         self.logits_QC[0, red_label], self.logits_QC[1, blue_label] = 3.0, 0.0
 
-    def forward(self, images_B3HW, mask_BHW):
+    def forward(self, images_B3HW, mask_BHW=None):
+        if mask_BHW is None:
+            mask_BHW = torch.zeros(images_B3HW[:, 0].shape, dtype=torch.bool)
         boxes = [
             [self.box(image[0] - image[2], mask), self.box(image[2] - image[0], mask)]
             for image, mask in zip(images_B3HW, mask_BHW, strict=True)

@@ -45,6 +45,17 @@ def test_steps_and_rates_are_those_of_training(run, tmp_path):
     assert max(map(len, text.splitlines())) <= 110
 
 
+@pytest.mark.parametrize("settings", [[], ["engine.activation_checkpointing=true", "engine.zero_stage=0"]])
+def test_the_largest_micro_batch_fits_and_one_more_does_not(run, settings):
+    _, text, found = run(CLASSES, *settings)
+    largest = found["largest_micro_batch"]["16"]
+    assert f"16 GB {largest}, " in text
+    for images, fits in ((largest, True), (largest + 1, False)):
+        sizes = [f"train.micro_batch={images}", f"train.global_batch={8 * images}"]
+        [row] = [row for row in run(CLASSES, *settings, *sizes)[2]["stages"] if row["configured"]]
+        assert (row["memory"]["total"] <= plan.COUNTED * 16e9) == fits
+
+
 def test_the_recipe_s_batch_gets_no_warning_and_a_masked_tail_is_counted(run):
     _, text, found = run("--images", "70", CLASSES, "data.tail=mask")
     assert "the recipe is for" not in text

@@ -89,20 +89,24 @@ class Batch:
     targets: Targets
     bad: list[str]
 
-    def inputs(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """What the model takes: normalised float32 images (B, 3, H, W) and a bool mask (B, H, W), True on padding.
+    def inputs(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+        """What the model takes: normalised float32 images (B, 3, H, W) and a bool mask (B, H, W), True on padding; None
+        instead of the mask where there is no padding, which saves the model work.
 
         H and W are the largest of the micro-batch; each image is in the upper left corner, zeros beside and below it.
         """
         height, width = (max(side) for side in zip(*self.sizes_hw, strict=True))
         images_B3HW = torch.zeros(len(self.sizes_hw), 3, height, width, device=device)
-        mask_BHW = torch.ones(len(self.sizes_hw), height, width, dtype=torch.bool, device=device)
+        mask_BHW = None
+        if len(set(self.sizes_hw)) > 1:
+            mask_BHW = torch.ones(len(self.sizes_hw), height, width, dtype=torch.bool, device=device)
         mean_311, std_311 = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         pixels = self.pixels_P.to(device, non_blocking=True)
-        for padded, mask, image_HW3 in zip(images_B3HW, mask_BHW, images_in(pixels, self.sizes_hw), strict=True):
+        for i, (padded, image_HW3) in enumerate(zip(images_B3HW, images_in(pixels, self.sizes_hw), strict=True)):
             h, w = image_HW3.shape[:2]
             padded[:, :h, :w].copy_(image_HW3.permute(2, 0, 1)).div_(255).sub_(mean_311).div_(std_311)
-            mask[:h, :w] = False
+            if mask_BHW is not None:
+                mask_BHW[i, :h, :w] = False
         return images_B3HW, mask_BHW
 
     def pin_memory(self) -> "Batch":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,7 @@ _ROWS = (  # name, what, IoU thresholds, areas, most detections of an image: in 
     ("ARl", "Recall", "0.50:0.95", "large", 100),
 )
 METRICS = tuple(row[0] for row in _ROWS)
+MOST_DETECTIONS = (1, 10, 100)
 COCO_SIDE = 640  # the image side that COCO's size thresholds of 32 and 96 px belong to
 SMALL_PX, LARGE_PX, HUGE_PX = 32.0, 96.0, 1e5
 
@@ -75,7 +77,7 @@ class Progress(Protocol):
 
 
 def evaluate(
-    predict: Callable[[Tensor, Tensor], Predictions],
+    predict: Callable[[Tensor, Tensor | None], Predictions],
     loader: "EvalLoader",
     *,
     ranks: "Ranks",
@@ -90,7 +92,7 @@ def evaluate(
     stays in the ground truth and has no detections.
 
     Args:
-        predict: normalised images_B3HW and padding_mask_BHW on the rank's device -> Predictions.
+        predict: normalised images_B3HW and padding_mask_BHW (or None) on the rank's device -> Predictions.
         labels, classification: data.labels and model.classification.
         progress: is told the number of images of each batch done on this rank.
     Returns:
@@ -112,17 +114,17 @@ def evaluate(
         bad += batch.bad
         if progress is not None:
             progress.update(len(batch.image_ids))
-    found, bad = _everywhere(ranks.all_gather_objects((found, bad)))
+    found, bad = everywhere(ranks, found, bad)
     if len(bad) > loader.config.max_bad:
         allowed = loader.config.max_bad
         raise InputError(f"{len(bad)} unusable images in the evaluation, data.max_bad is {allowed}: {bad[0]}")
     detections = in_order([one for image in found.values() for one in image])
-    # Every rank computes the same numbers: nothing to send back, and an error is the same error everywhere.
-    return coco_metrics(loader.ground_truth(), detections, config.image_side), detections
+    return coco_metrics(loader.ground_truth(), detections, config.image_side, ranks=ranks), detections
 
 
-def _everywhere(parts: list[tuple[dict[int, Any], list[str]]]) -> tuple[dict[int, Any], list[str]]:
-    """Each image once, and each message."""
+def everywhere(ranks: "Ranks", found: dict[int, Any], bad: list[str]) -> tuple[dict[int, Any], list[str]]:
+    """What was found on all ranks, each image once, and each message."""
+    parts = ranks.all_gather_objects((found, bad))
     images = {image_id: found for found, _ in parts for image_id, found in found.items()}
     return images, sorted({message for _, bad in parts for message in bad})
 
@@ -154,6 +156,7 @@ def coco_metrics(
     image_side: int | None = None,
     *,
     package: str | None = None,
+    ranks: "Ranks | None" = None,
 ) -> dict[str, float]:
     """COCO's twelve box numbers, 0 to 1, or -1 where the ground truth has no object of that kind.
 
@@ -163,24 +166,62 @@ def coco_metrics(
         detections: COCO's result format, in any order, all of images of the ground truth; may be empty.
         image_side: see area_ranges.
         package: "pycocotools" or "faster_coco_eval"; by default the faster one where it is installed.
+        ranks: share the categories among these, all of which call with the same and get the same numbers.
     """
     if package is None:
         package = "faster_coco_eval" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+    rank, world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
+    categories = sorted({category["id"] for category in ground_truth["categories"]})
+    own, problem = None, None
+    try:
+        own = _of_categories(ground_truth, detections, categories[rank::world], image_side, package)
+    except Exception as error:
+        problem = error
+    parts, problems = zip(
+        *([(own, problem)] if ranks is None else ranks.all_gather_objects((own, problem))), strict=True
+    )
+    for one in filter(None, [problem, *problems]):
+        raise one  # on all ranks, of which none waits for the others
+    precision, recall = (np.full((*shape, len(categories), 4, 3), -1.0) for shape in ((10, 101), (10,)))
+    for start, part in enumerate(parts):
+        if part is not None:
+            precision[:, :, start::world], recall[:, start::world] = part
+    return {row[0]: _mean(precision if row[1] == "Precision" else recall[:, None], *row[2:]) for row in _ROWS}
+
+
+def _of_categories(
+    ground_truth: dict[str, Any], detections: list[dict[str, Any]], categories: list[int], image_side: int | None,
+    package: str,
+) -> tuple[np.ndarray, np.ndarray] | None:  # fmt: skip
+    """Precision (T, R, K, A, M) and recall (T, K, A, M) of K categories, which do not depend on the others: T IoU
+    thresholds, R recalls, A areas, M most detections; -1 where there are no objects. None: there are no categories."""
+    if not categories:
+        return None
+    known = set(categories)
     coco_class, evaluator_class = _evaluator(package)
     shared = {"images": [{"id": image["id"]} for image in ground_truth["images"]],
-              "categories": [{"id": category["id"]} for category in ground_truth["categories"]]}  # fmt: skip
+              "categories": [{"id": category} for category in categories]}  # fmt: skip
+    annotations = [one for one in ground_truth["annotations"] if one["category_id"] in known]
+    found_here = [one for one in detections if one["category_id"] in known]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         truth, found = coco_class(), coco_class()
-        truth.dataset = shared | {"annotations": _numbered(ground_truth["annotations"])}
-        found.dataset = shared | {"annotations": _numbered(map(_bare, in_order(detections)))}
+        truth.dataset = shared | {"annotations": _numbered(annotations, detected=False)}
+        found.dataset = shared | {"annotations": _numbered(in_order(found_here), detected=True)}
         truth.createIndex()
         found.createIndex()
         evaluator = evaluator_class(truth, found, "bbox")
         evaluator.params.areaRng = [list(limits) for limits in area_ranges(image_side).values()]
         evaluator.evaluate()
         evaluator.accumulate()
-        evaluator.summarize()
-    return {name: float(value) for name, value in zip(METRICS, evaluator.stats[: len(METRICS)], strict=True)}
+    return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
+
+
+def _mean(values_TRKAM: np.ndarray, iou: str, area: str, most: int) -> float:
+    """Over thresholds, recalls and categories that have objects, as cocoapi's `summarize`; -1 where none has."""
+    thresholds = slice(None) if ":" in iou else [round((float(iou) - 0.5) / 0.05)]
+    of_area = values_TRKAM[thresholds, :, :, list(area_ranges()).index(area), MOST_DETECTIONS.index(most)]
+    counted = of_area[of_area > -1]
+    return float(np.mean(counted)) if len(counted) else -1.0
 
 
 def _evaluator(package: str) -> tuple[Any, Any]:
@@ -195,22 +236,20 @@ def _evaluator(package: str) -> tuple[Any, Any]:
     return COCO, COCOeval
 
 
-def _bare(detection: dict[str, Any]) -> dict[str, Any]:
-    """A detection without an area or crowd flag of its own, as cocoapi reads results."""
-    return {key: detection[key] for key in ("image_id", "category_id", "bbox", "score")}
+def _numbered(boxes: Iterable[dict[str, Any]], *, detected: bool) -> list[dict[str, Any]]:
+    """What cocoapi needs of each box, with ids from 1: it takes an annotation with id 0 for 'not matched'.
 
-
-def _numbered(boxes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What cocoapi needs of each box, with ids from 1: it takes an annotation with id 0 for 'not matched'."""
+    An area or crowd flag of a detection's own counts nothing, as cocoapi reads results.
+    """
     return [
         {
             "id": number,
             "image_id": box["image_id"],
             "category_id": box["category_id"],
-            "bbox": box["bbox"],
-            "area": box.get("area", box["bbox"][2] * box["bbox"][3]),
-            "iscrowd": box.get("iscrowd", 0),
-            "score": box.get("score", 0.0),
+            "bbox": (bbox := box["bbox"]),
+            "area": bbox[2] * bbox[3] if detected or "area" not in box else box["area"],
+            "iscrowd": 0 if detected else box.get("iscrowd", 0),
+            "score": box["score"] if detected else 0.0,
         }
         for number, box in enumerate(boxes, 1)
     ]

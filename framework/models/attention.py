@@ -18,13 +18,13 @@ from ops import MSDeformAttn
 class Pyramid:
     """The geometry of L feature maps, flattened and concatenated into S tokens.
 
-    shapes_hw: L pairs of host integers. position_BSD: float32. padding_BS: bool, True on padding.
+    shapes_hw: L pairs of host integers. position_BSD: float32. padding_BS: bool, True on padding; None: there is none.
     valid_ratios_BL2: float32, share (x, y) of each level's map that is not padding.
     """
 
     shapes_hw: list[tuple[int, int]]
     position_BSD: Tensor
-    padding_BS: Tensor
+    padding_BS: Tensor | None
     valid_ratios_BL2: Tensor
 
     def centres_BS2(self) -> Tensor:

@@ -37,7 +37,10 @@ class BackboneConfig:
 
 
 class ScalableConv2d(nn.Conv2d):
-    """A convolution that may be told a scale (C_out) of its weights and a shift (C_out) of its result."""
+    """A convolution without bias that may be told a scale (C_out) of its weights and a shift (C_out) of its result."""
+
+    def __init__(self, c_in: int, c_out: int, side: int, stride: int = 1, dilation: int = 1):
+        super().__init__(c_in, c_out, side, stride, padding=side // 2 * dilation, dilation=dilation, bias=False)
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         weight = self.weight if scale is None else self.weight * scale[:, None, None, None]
@@ -84,9 +87,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, c_in: int, c: int, stride: int, dilation: int, norm: NormLayer, downsample: nn.Module | None):
         super().__init__()
-        self.conv1 = ScalableConv2d(c_in, c, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.conv1 = ScalableConv2d(c_in, c, 3, stride, dilation)
         self.bn1 = norm(c)
-        self.conv2 = ScalableConv2d(c, c, 3, padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = ScalableConv2d(c, c, 3, 1, dilation)
         self.bn2 = norm(c)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample or nn.Identity()
@@ -102,11 +105,11 @@ class Bottleneck(nn.Module):
 
     def __init__(self, c_in: int, c: int, stride: int, dilation: int, norm: NormLayer, downsample: nn.Module | None):
         super().__init__()
-        self.conv1 = ScalableConv2d(c_in, c, 1, bias=False)
+        self.conv1 = ScalableConv2d(c_in, c, 1)
         self.bn1 = norm(c)
-        self.conv2 = ScalableConv2d(c, c, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = ScalableConv2d(c, c, 3, stride, dilation)
         self.bn2 = norm(c)
-        self.conv3 = ScalableConv2d(c, c * self.expansion, 1, bias=False)
+        self.conv3 = ScalableConv2d(c, c * self.expansion, 1)
         self.bn3 = norm(c * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample or nn.Identity()
@@ -141,7 +144,7 @@ class ResNet(nn.Module):
         self.num_maps = num_maps
         c = [width * 2**i for i in range(4)]
         ins = [width, *(channels * block.expansion for channels in c)]
-        self.conv1 = ScalableConv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.conv1 = ScalableConv2d(3, width, 7, stride=2)
         self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -182,7 +185,7 @@ def _stage(
     c_out = c * block.expansion
     downsample = None
     if stride != 1 or c_in != c_out:
-        downsample = nn.Sequential(ScalableConv2d(c_in, c_out, 1, stride, bias=False), norm(c_out))
+        downsample = nn.Sequential(ScalableConv2d(c_in, c_out, 1, stride), norm(c_out))
     first = block(c_in, c, stride, dilation if depth == 1 else 1, norm, downsample)
     rest = [block(c_out, c, 1, dilation, norm, None) for _ in range(depth - 1)]
     return nn.Sequential(first, *rest)

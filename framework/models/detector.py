@@ -53,8 +53,8 @@ class Detector(nn.Module):
         self.queries = queries
         self.decoder = decoder
 
-    def forward(self, images_B3HW: Tensor, padding_BHW: Tensor) -> Predictions:
-        """images: float32, normalised, zero padded; padding: bool, True on padding."""
+    def forward(self, images_B3HW: Tensor, padding_BHW: Tensor | None = None) -> Predictions:
+        """images: float32, normalised, zero padded; padding: bool, True on padding; None: there is none."""
         tokens_BSD, pyramid = self._flatten(self._maps(images_B3HW), padding_BHW)
         tokens_BSD = self.encoder(tokens_BSD, pyramid)
         queries = self.queries(tokens_BSD, pyramid)
@@ -77,11 +77,14 @@ class Detector(nn.Module):
             maps.append(coarsest)
         return maps
 
-    def _flatten(self, maps: list[Tensor], padding_BHW: Tensor) -> tuple[Tensor, Pyramid]:
+    def _flatten(self, maps: list[Tensor], padding_BHW: Tensor | None) -> tuple[Tensor, Pyramid]:
         shapes_hw, paddings, positions, ratios = [], [], [], []
         for level, x in enumerate(maps):
             shape_hw = (int(x.shape[-2]), int(x.shape[-1]))
-            padding = nn.functional.interpolate(padding_BHW[:, None].float(), size=shape_hw)[:, 0].bool()
+            if padding_BHW is None:
+                padding = torch.zeros(len(x), *shape_hw, dtype=torch.bool, device=x.device)
+            else:
+                padding = nn.functional.interpolate(padding_BHW[:, None].float(), size=shape_hw)[:, 0].bool()
             position = sine_position(padding, self.width, offset=self.position_offset)
             if self.level_codes is not None:
                 position = position + self.level_codes(level)
@@ -91,7 +94,8 @@ class Detector(nn.Module):
             inside = (~padding).float()
             ratios.append(torch.stack([inside[:, 0].mean(1), inside[:, :, 0].mean(1)], dim=-1))
         tokens_BSD = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
-        pyramid = Pyramid(shapes_hw, torch.cat(positions, 1), torch.cat(paddings, 1), torch.stack(ratios, 1))
+        padding_BS = None if padding_BHW is None else torch.cat(paddings, 1)
+        pyramid = Pyramid(shapes_hw, torch.cat(positions, 1), padding_BS, torch.stack(ratios, 1))
         return tokens_BSD, pyramid
 
 

@@ -107,4 +107,4 @@ class EncoderProposals(nn.Module):
         grid_BS4 = torch.cat([centres_BS2, side_S[:, None].expand_as(centres_BS2)], dim=-1)
         border = self.BORDER + 1e-6  # a centre on the border is out, however the unpadded size was rounded
         inside = ((grid_BS4 > border) & (grid_BS4 < 1 - border)).all(-1, keepdim=True)
-        return grid_BS4, inside & ~pyramid.padding_BS[..., None]
+        return grid_BS4, inside if pyramid.padding_BS is None else inside & ~pyramid.padding_BS[..., None]

@@ -50,6 +50,8 @@ def memory_text(stages: dict[str, Any], config: Config) -> str:
              *columns(rows)]  # fmt: skip
     alive = ", ".join(f"{name} {size / GIB:.2f}" for name, size in stages["activations"].items())
     lines.append(f"  activations: {alive} (engine.activation_checkpointing recomputes)")
+    largest = ", ".join(f"{gb} GB {images}" for gb, images in stages["largest_micro_batch"].items())
+    lines.append(f"  images that fit as configured: {largest}")
     bucket = stages["reduce_bucket_size"]
     if bucket > 2 * stages["trainable"]:
         lines.append(f"  buckets hold {bucket:,} elements (DeepSpeed's reduce_bucket_size), whatever the model's size")

@@ -33,6 +33,11 @@ def test_collate_puts_images_one_after_another():
     assert np.array_equal(targets.boxes_cxcywh_N4[2:], examples[2].boxes_cxcywh_N4)
 
 
+def test_images_of_one_size_have_no_mask():
+    images, mask = collate([example(1, 9, 5, 0), example(2, 9, 5, 1)]).inputs("cpu")
+    assert images.shape == (2, 3, 9, 5) and mask is None
+
+
 def test_inputs_are_normalised_and_zero_on_padding():
     examples = [example(1, 9, 5, 0), example(2, 4, 7, 1)]
     images, mask = collate(examples).inputs("cpu")

@@ -1,6 +1,7 @@
 """The costs of a step are those of DeepSpeed and of GPUs: compared with both, not with formulas of our own."""
 
 import json
+import pydoc
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,12 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from framework.engine import costs
 from framework.engine.costs import Setup, Weight
+from framework.engine.ds_config import EngineConfig, deepspeed_config
 from framework.models import backbone, encoder
 from framework.models.backbone import BackboneConfig
 from framework.models.build import ModelConfig, build_detector
+from framework.models.linear import Float32Linear
 from tests.distributed import run_ranks
 from tests.models.variants import VARIANTS
 from tests.paths import REPOSITORY
@@ -96,7 +100,7 @@ def test_memory_of_a_step_on_an_h100(as_measured, variant, batch, dtype):
     config = {"base": "coco_r50_deformable", "two_stage": "coco_r50_deformable_two_stage"}[variant]
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     (ops,) = [side for side in RECORDED[f"{config}, 800 x 1066, {precision}, batch {batch}"]["sides"]
-              if side["operator"] == "ops"]  # fmt: skip
+              if side["side"] == "ops"]  # fmt: skip
     model = meta_detector(VARIANTS[variant])
     bytes_of = costs.memory(0, setup_of(model))
     total = bytes_of["weights"] + bytes_of["optimizer"] + costs.activations(model, (800, 1066), batch, dtype)
@@ -116,6 +120,20 @@ def test_weights_of_the_published_detector():
     weights = costs.weights_of(model)
     assert sum(one.elements for one in weights) == 40_069_665  # shared heads once
     assert sum(one.elements for one in weights if one.trainable) == 39_847_265
+
+
+@pytest.mark.parametrize("variant", ["two_stage", "detr"])
+def test_layers_that_compute_in_lower_precision_are_sent_in_it(variant):
+    """All linear layers and convolutions but those that stay float32."""
+    config = deepspeed_config(EngineConfig(precision="bf16"), device=torch.device("cpu"), global_batch=1, micro_batch=1,
+                              accumulation=1, clip_norm=0.1)  # fmt: skip
+    named = config["torch_autocast"]["lower_precision_safe_modules"]
+    used = {
+        type(module)
+        for module in meta_detector(VARIANTS[variant]).modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    } - {Float32Linear, NonDynamicallyQuantizableLinear}
+    assert len(used) == 3 and used == {pydoc.locate(name) for name in named}
 
 
 def test_what_is_sharded_shrinks_with_the_ranks():

@@ -67,6 +67,38 @@ def test_both_packages_give_the_same_numbers(image_side, tied):
         assert all(0 < slow[name] < 1 for name in METRICS)  # every number is put to the test
 
 
+class InTurns:
+    """Ranks one after the other: the last one is told what all of them gather."""
+
+    def __init__(self, world):
+        self.rank, self.world, self.parts = 0, world, []
+
+    def all_gather_objects(self, value):
+        self.parts.append(value)
+        return self.parts + [(None, None)] * (self.world - len(self.parts))
+
+
+@pytest.mark.parametrize("world", [2, 5])  # of three categories
+@pytest.mark.parametrize("package", PACKAGES)
+def test_ranks_that_share_the_categories_get_the_same_bits(package, world):
+    truth, found = random_set(5, tied=True)
+    ranks = InTurns(world)
+    for ranks.rank in range(world):
+        metrics = coco_metrics(truth, found, package=package, ranks=ranks)
+    assert metrics == coco_metrics(truth, found, package=package)
+
+
+def test_an_error_of_one_rank_is_raised_on_all():
+    truth, found = random_set(5)
+    ranks = InTurns(2)
+    broken = [one for one in found if one["category_id"] != 1] + [{"category_id": 1}]
+    with pytest.raises(KeyError):
+        coco_metrics(truth, broken, ranks=ranks)
+    ranks.rank = 1
+    with pytest.raises(KeyError):
+        coco_metrics(truth, found, ranks=ranks)
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_order_of_detections_is_nothing(package):
     truth, found = random_set(4, tied=True)

@@ -301,11 +301,13 @@ def test_impossible_combinations_name_their_keys(changes, message):
         ModelConfig(num_classes=3, **changes)
 
 
-def test_recomputed_activations_change_nothing(images):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_activations_change_nothing(images, dropout):
     padding = torch.zeros(2, 96, 128, dtype=torch.bool)
     gradients = []
     for recompute in (False, True):
-        model = small("base").train()
+        model = small("base", dropout=dropout).train()
+        torch.manual_seed(5)
         if recompute:
             model.recompute_activations()
         model(images, padding).logits_KBQC.square().sum().backward()
@@ -320,3 +322,12 @@ def test_boxes_stay_float32_under_autocast():
         found = head(features)
     assert found.dtype == torch.float32
     assert torch.allclose(found, head(features.float()), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["two_stage", "detr"])
+def test_no_mask_is_a_mask_of_nothing(kind):
+    model = small(kind).eval()
+    images = torch.randn(2, 3, 96, 64)
+    one, other = model(images), model(images, torch.zeros(2, 96, 64, dtype=torch.bool))
+    torch.testing.assert_close(one.logits_KBQC, other.logits_KBQC)
+    torch.testing.assert_close(one.boxes_KBQ4, other.boxes_KBQ4)

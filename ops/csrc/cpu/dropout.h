@@ -1,7 +1,8 @@
 // Dropout with what stands before or after it, in one pass over memory, for whatever instruction set this is compiled.
 //
 // Whether an element is kept follows from its index and the seed alone: no mask is stored, the backward computes it
-// again, and no number depends on how many threads there are.
+// again, and no number depends on how many threads there are. Seeds are meant to be 63 random bits: two that differ by
+// a little in their low half alone give the same sequence, shifted.
 #pragma once
 
 #include "kernels_of.h"
@@ -21,14 +22,14 @@ TENFOLD_INLINE Lanes mixed(Lanes bits) {
 }
 
 template <class V, DropoutMode mode>
-TENFOLD_INLINE Vec<float> dropped(const Dropout& d, Vec<float> x, const V* other, Lanes bits) {
+TENFOLD_INLINE Vec<float> dropped(const Dropout& d, Vec<float> x, const V* other, int64_t i, Lanes bits) {
   const Vec<float> zero = {};
   if constexpr (mode == DropoutMode::kGate) {
-    return load<float>(other) <= zero ? zero : x * d.scale;  // NaN goes on
+    return load<float>(other + i) <= zero ? zero : x * d.scale;  // NaN goes on
   } else {
     if constexpr (mode == DropoutMode::kRelu) x = x < zero ? zero : x;
     const Vec<float> kept = bits < d.threshold ? zero : x * d.scale;
-    if constexpr (mode == DropoutMode::kAdd) return load<float>(other) + kept;
+    if constexpr (mode == DropoutMode::kAdd) return load<float>(other + i) + kept;
     return kept;
   }
 }
@@ -49,14 +50,14 @@ void drop(const Dropout& d, int64_t begin, int64_t end) {
       bits = mixed(mixed(lane + (static_cast<uint32_t>(i) + low)) + (high ^ of_index));
     }
     if (end - i >= kWide) {
-      store<float>(out + i, dropped<V, mode>(d, load<float>(x + i), other + i, bits));
+      store<float>(out + i, dropped<V, mode>(d, load<float>(x + i), other, i, bits));
     } else {  // begin is a multiple of the widest vector, so that only the last elements of all come here
       V tail[3 * kWide] = {};
       for (int64_t k = 0; k < end - i; ++k) {
         tail[k] = x[i + k];
         if (other) tail[kWide + k] = other[i + k];
       }
-      store<float>(tail + 2 * kWide, dropped<V, mode>(d, load<float>(tail), tail + kWide, bits));
+      store<float>(tail + 2 * kWide, dropped<V, mode>(d, load<float>(tail), tail + kWide, 0, bits));
       for (int64_t k = 0; k < end - i; ++k) out[i + k] = tail[2 * kWide + k];
     }
   }
