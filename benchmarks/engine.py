@@ -17,7 +17,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ STEPS, GLOBAL_BATCH, MICRO_BATCH, SEED = 20, 8, 2, 7
 IMAGES = 200  # 25 steps an epoch
 RESUMED_AT = (2, 9)  # between these a step is drawn for each source
 
-TURNS = 22  # of the overhead; the first one does not count
+TURNS = 22  # of sides that are compared; the first one does not count
 
 SMALL = ModelConfig(
     num_classes=3, width=32, num_heads=2, encoder_layers=1, decoder_layers=2, ffn_width=64, num_queries=30,
@@ -311,6 +311,17 @@ def save_alone(ranks: Ranks, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def in_turns(ranks: Ranks, sides: dict[str, Callable[[], Any]]) -> Iterator[tuple[int, str, float]]:
+    """Turn, side and seconds until all ranks are done; none comes always after the same one."""
+    for turn in range(TURNS):
+        for name in (*sides,)[turn % len(sides) :] + (*sides,)[: turn % len(sides)]:
+            ranks.barrier()
+            began = time.perf_counter()
+            sides[name]()
+            ranks.barrier()
+            yield turn, name, time.perf_counter() - began
+
+
 def overhead(folder: Path) -> dict[str, Any]:
     return run_ranks(1, overhead_alone)[0]
 
@@ -351,14 +362,10 @@ def overhead_alone(ranks: Ranks) -> dict[str, Any]:
 
     sides = {"plain": plain, "ZeRO 0": lambda: through(0), "ZeRO 1": lambda: through(1)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for turn in range(TURNS):
-        for name in (*sides,)[turn % 3 :] + (*sides,)[: turn % 3]:  # none comes always after the same one
-            spent.clear()
-            began = time.perf_counter()
-            sides[name]()
-            if turn:
-                parts = {part: sum(times) for part, times in spent.items()}
-                found[name].append({"step": time.perf_counter() - began} | parts)
+    for turn, name, step_s in in_turns(ranks, sides):
+        if turn:
+            found[name].append({"step": step_s} | {part: sum(times) for part, times in spent.items()})
+        spent.clear()
     rows = [{"side": name} | {f"{part} (s)": statistics.median(one[part] for one in times) for part in times[0]}
             for name, times in found.items()]  # fmt: skip
     ratios = {name: [a["step"] / b["step"] for a, b in zip(found[name], found["plain"], strict=True)] for name in sides}
@@ -392,14 +399,9 @@ def processes_of_two(ranks: Ranks) -> dict[str, Any]:
         "together": lambda: train_step(engine, criterion, [batch], ranks=ranks, seed=0, step=0, guard=guard),
     }
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(TURNS):
-        for name in (*sides,)[turn % 3 :] + (*sides,)[: turn % 3]:
-            ranks.barrier()
-            began = time.perf_counter()
-            sides[name]()
-            ranks.barrier()  # until both are done
-            if turn:
-                found[name].append(time.perf_counter() - began)
+    for turn, name, step_s in in_turns(ranks, sides):
+        if turn:
+            found[name].append(step_s)
     one, apart, together = found.values()
     rows = [{"side": name, "step (s)": statistics.median(times)} for name, times in found.items()]
     images = {"of both, each for itself": apart, "of both together": together}
