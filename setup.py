@@ -57,13 +57,13 @@ EXTRAS = {
         "ruff",
         "mypy",
         "clang-format",
-        "faster-coco-eval",
+        "hotcoco",
         "isal",
         "boto3",
         "moto[server]",
     ],
-    # The same numbers, faster: COCO's as pycocotools gives them (9 times), checksums of samples as zlib (4 times).
-    "fast": ["faster-coco-eval", "isal"],
+    # The same numbers, faster: COCO's as pycocotools gives them (docs/speed.md), checksums as zlib (4 times).
+    "fast": ["hotcoco", "isal"],
     # Shard sets behind s3:// URLs.
     "s3": ["boto3"],
     # NVIDIA's apex, from its repository: the "apex" of PyPI is another project. Its kernels, which are all

@@ -8,6 +8,7 @@ from framework.engine.ds_config import autocast
 from framework.engine.ranks import init_ranks
 from framework.errors import UsageError, command
 from framework.evaluation.coco import coco_metrics, evaluate, report, table
+from framework.evaluation.detections import from_rows
 from framework.evaluation.files import read_detections, read_ground_truth
 from framework.tracking.console import progress, publish, setup_logging
 from framework.trained import Trained, add_arguments, load_trained
@@ -33,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
 def of_files(args: argparse.Namespace) -> tuple[dict[str, float], int | None, dict[str, Any]]:
     setup_logging(None, is_main=True)
     truth = read_ground_truth(args.annotations)
-    detections = read_detections(args.detections, truth)
+    detections_N = from_rows(read_detections(args.detections, truth))
     facts = {"source": args.detections, "data": args.annotations, "images": len(truth["images"])}
-    metrics = coco_metrics(truth, detections, args.image_side)
-    return metrics, args.image_side, facts | {"detections": len(detections)}
+    metrics = coco_metrics(truth, detections_N, args.image_side)
+    return metrics, args.image_side, facts | {"detections": len(detections_N)}
 
 
 def of_model(args: argparse.Namespace) -> tuple[dict[str, float], int | None, dict[str, Any]]:
@@ -57,13 +58,13 @@ def of_model(args: argparse.Namespace) -> tuple[dict[str, float], int | None, di
         progress(-(-loader.manifest.images // ranks.world), description="evaluate") as bar,
         autocast(config.engine, ranks.device),
     ):
-        metrics, detections = evaluate(
+        metrics, detections_N = evaluate(
             model, loader, ranks=ranks, config=config.eval, labels=config.data.labels,
             classification=config.model.classification, progress=bar,
         )  # fmt: skip
     facts = {"source": str(trained.weights), "data": data, "images": loader.manifest.images}
     ranks.barrier()  # nobody leaves while another still reads what it sent
-    return metrics, config.eval.image_side, facts | {"detections": len(detections)}
+    return metrics, config.eval.image_side, facts | {"detections": len(detections_N)}
 
 
 def refuse_other_classes(trained: Trained, found: list[str], data: str) -> None:

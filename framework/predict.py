@@ -13,7 +13,7 @@ from framework.data.transforms import decode, evaluation_example
 from framework.engine.ds_config import autocast
 from framework.errors import FAILED, InputError, UsageError, command
 from framework.evaluation.attention import look_inside
-from framework.evaluation.detections import category_ids, to_coco, top_detections
+from framework.evaluation.detections import category_ids, to_coco, to_rows, top_detections
 from framework.models.build import ModelConfig
 from framework.tracking.attention import draw_attention
 from framework.tracking.console import progress, setup_logging, write_json
@@ -101,8 +101,8 @@ def detect(
     with autocast(trained.config.engine, device):
         predictions = trained.model(*batch.inputs(device))
     (found,) = top_detections(predictions, batch.original_sizes_hw, trained.config.model.classification, limit)
-    rows = to_coco(found, image_id, category_ids(trained.names, data.labels))
-    return [row for row in rows if row["score"] >= min_score]
+    found_T = to_coco(found, image_id, category_ids(trained.names, data.labels))
+    return to_rows(found_T[found_T["score"] >= min_score])
 
 
 def draw_looks(trained: Trained, image: Image.Image, args: argparse.Namespace, picture: Path) -> None:

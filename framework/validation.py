@@ -20,6 +20,7 @@ from framework.errors import InputError
 from framework.evaluation.alarm import collapse
 from framework.evaluation.attention import look_inside
 from framework.evaluation.coco import evaluate, report
+from framework.evaluation.detections import to_rows
 from framework.models.build import build_detector
 from framework.models.detector import Detector
 from framework.tracking.attention import draw_attention
@@ -60,7 +61,7 @@ def validate(
                  ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()), best_ap, best_step)  # fmt: skip
         images_seen = step * config.train.global_batch
         for line in collapse(numbers["AP"], best_ap, images_seen, config.model.attention, val_set.ground_truth,
-                             detections):  # fmt: skip
+                             partial(to_rows, detections)):  # fmt: skip
             log.warning("%s", line)
 
 
@@ -82,7 +83,7 @@ def whole_detector(engine: Any, ema: Ema | None, config: Config, ranks: Ranks) -
     return detector
 
 
-def picture_of(val_set: EvalLoader, i: int, detections: list[dict[str, Any]]) -> np.ndarray | None:
+def picture_of(val_set: EvalLoader, i: int, detections_N: np.ndarray) -> np.ndarray | None:
     """Image i of the set, what was found in it beside what is there: uint8 (H, W, 3); None if it is a bad sample."""
     try:
         encoded, sample = val_set.source.read(i)
@@ -90,7 +91,8 @@ def picture_of(val_set: EvalLoader, i: int, detections: list[dict[str, Any]]) ->
     except InputError:
         return None
     classes = val_set.manifest.classes
-    found = [d for d in detections if d["image_id"] == sample.image_id and d["score"] >= SHOWN_SCORE]
+    shown_N = (detections_N["image_id"] == sample.image_id) & (detections_N["score"] >= SHOWN_SCORE)
+    found = to_rows(detections_N[shown_N])
     titles = (f"predictions with a score of at least {SHOWN_SCORE}", "ground truth")
     both = side_by_side(
         draw_coco(image, found, classes), draw_coco(image, list(coco_annotations(sample)), classes), titles

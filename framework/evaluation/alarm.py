@@ -19,14 +19,14 @@ BEST = 10  # detections of each
 
 def collapse(
     ap: float, best_ap: float, images_seen: int, attention: str, ground_truth: Callable[[], dict[str, Any]],
-    detections: Sequence[dict[str, Any]],
+    detections: Callable[[], Sequence[dict[str, Any]]],
 ) -> list[str]:  # fmt: skip
     """What is wrong, and then its likely causes; nothing where AP is what it may be.
 
     Args:
         best_ap: of the evaluations before this one, 0 if there was none.
         attention: model.attention.
-        ground_truth, detections: in COCO's formats; the first is read when there is something to say.
+        ground_truth, detections: in COCO's formats, read when there is something to say.
     """
     if best_ap >= NOTEWORTHY and ap < FALLEN * best_ap:
         trouble = f"AP has fallen from {best_ap:.3f} to {ap:.3f}"
@@ -36,7 +36,7 @@ def collapse(
         )
     else:
         return []
-    return [trouble, *(causes(ground_truth(), detections) or ["nothing in the detections says why"])]
+    return [trouble, *(causes(ground_truth(), detections()) or ["nothing in the detections says why"])]
 
 
 def causes(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,15 +1,19 @@
-"""COCO's twelve numbers: from files, from detections, and from a model over all ranks.
+"""COCO's twelve numbers: from detections, and from a model over all ranks.
 
-pycocotools is the measure. faster-coco-eval gives the same numbers about nine times faster and does the work
-where it is installed; a test holds the two equal.
+# N detection
+
+pycocotools is the measure. hotcoco gives the same numbers many times faster and does the work where it is
+installed; a test holds the two equal.
 """
 
 import contextlib
+import gc
 import importlib.util
 import io
 import logging
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor
 
 from framework.errors import InputError, UsageError
-from framework.evaluation.detections import category_ids, to_coco, top_detections
+from framework.evaluation.detections import category_ids, joined, to_coco, top_detections
 from framework.models.detector import Predictions
 
 if TYPE_CHECKING:
@@ -40,7 +44,6 @@ _ROWS = (  # name, what, IoU thresholds, areas, most detections of an image: in 
     ("ARl", "Recall", "0.50:0.95", "large", 100),
 )
 METRICS = tuple(row[0] for row in _ROWS)
-MOST_DETECTIONS = (1, 10, 100)
 COCO_SIDE = 640  # the image side that COCO's size thresholds of 32 and 96 px belong to
 SMALL_PX, LARGE_PX, HUGE_PX = 32.0, 96.0, 1e5
 
@@ -85,7 +88,7 @@ def evaluate(
     labels: str,
     classification: Literal["focal", "softmax"],
     progress: Progress | None = None,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], np.ndarray]:
     """Predict every image of the loader and score the whole set; collective: every rank gets the same.
 
     Images are gathered by id and counted once, whatever another rank repeats; one that could not be read
@@ -96,51 +99,54 @@ def evaluate(
         labels, classification: data.labels and model.classification.
         progress: is told the number of images of each batch done on this rank.
     Returns:
-        METRICS -> value, and all detections in COCO's result format, in a fixed order.
+        METRICS -> value, and all detections, COCO_RESULT (N,), in order.
     Raises:
         InputError: more unusable images than data.max_bad, on every rank.
     """
     ids = category_ids(loader.manifest.classes, labels)
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: dict[int, np.ndarray] = {}
     bad: list[str] = []
     for batch in loader:
         with torch.no_grad():
             predictions = predict(*batch.inputs(ranks.device))
         best = top_detections(predictions, batch.original_sizes_hw, classification, config.max_detections)
         for image_id, valid, one in zip(batch.image_ids, batch.targets.valid_B.tolist(), best, strict=True):
-            found[image_id] = to_coco(one, image_id, ids) if valid else []
+            if valid:
+                found[image_id] = to_coco(one, image_id, ids)
         for message in batch.bad:
             logger.warning("evaluation without %s", message)
         bad += batch.bad
         if progress is not None:
             progress.update(len(batch.image_ids))
-    found, bad = everywhere(ranks, found, bad)
+    detections_N, bad = everywhere(ranks, joined(found.values()), bad)
     if len(bad) > loader.config.max_bad:
         allowed = loader.config.max_bad
         raise InputError(f"{len(bad)} unusable images in the evaluation, data.max_bad is {allowed}: {bad[0]}")
-    detections = in_order([one for image in found.values() for one in image])
-    return coco_metrics(loader.ground_truth(), detections, config.image_side, ranks=ranks), detections
+    return coco_metrics(loader.ground_truth(), detections_N, config.image_side), detections_N
 
 
-def everywhere(ranks: "Ranks", found: dict[int, Any], bad: list[str]) -> tuple[dict[int, Any], list[str]]:
-    """What was found on all ranks, each image once, and each message."""
-    parts = ranks.all_gather_objects((found, bad))
-    images = {image_id: found for found, _ in parts for image_id, found in found.items()}
-    return images, sorted({message for _, bad in parts for message in bad})
+def everywhere(ranks: "Ranks", found_N: np.ndarray, bad: list[str]) -> tuple[np.ndarray, list[str]]:
+    """What was found on all ranks, in order, and each message; of an image that several have seen, one's."""
+    parts = ranks.all_gather_objects((in_order(found_N), bad))
+    kept: list[np.ndarray] = []
+    images = np.empty(0, np.int64)
+    for found_N, _ in parts:
+        kept.append(found_N[~np.isin(found_N["image_id"], images)])
+        images = np.union1d(images, found_N["image_id"])
+    together_N = joined(kept)
+    by_image = np.argsort(together_N["image_id"], kind="stable")
+    return together_N[by_image], sorted({message for _, bad in parts for message in bad})
 
 
-def in_order(detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Detections in an order that depends on nothing but themselves.
+def in_order(detections_N: np.ndarray) -> np.ndarray:
+    """Detections by image, score and category, in an order that depends on nothing but themselves.
 
     cocoapi takes equal scores of one image and class as they come, which moves AP. Here the larger box comes
     first: so stand the ties of cocoapi's published example, and its numbers come out to the last digit.
     """
-
-    def key(one: dict[str, Any]) -> tuple[Any, ...]:
-        area = one["bbox"][2] * one["bbox"][3]
-        return one["image_id"], -one["score"], one["category_id"], -area, one["bbox"]
-
-    return sorted(detections, key=key)
+    x, y, w, h = detections_N["bbox"].T
+    keys = (h, w, y, x, -(w * h), detections_N["category_id"], -detections_N["score"], detections_N["image_id"])
+    return detections_N[np.lexsort(keys)]
 
 
 def area_ranges(image_side: int | None = None) -> dict[str, tuple[float, float]]:
@@ -152,106 +158,96 @@ def area_ranges(image_side: int | None = None) -> dict[str, tuple[float, float]]
 
 def coco_metrics(
     ground_truth: dict[str, Any],
-    detections: list[dict[str, Any]],
+    detections_N: np.ndarray,
     image_side: int | None = None,
     *,
     package: str | None = None,
-    ranks: "Ranks | None" = None,
 ) -> dict[str, float]:
     """COCO's twelve box numbers, 0 to 1, or -1 where the ground truth has no object of that kind.
 
     Args:
         ground_truth: COCO's annotation format; image sizes, segmentation and the annotations' own ids are not
             used, `area` is w * h and `iscrowd` 0 where missing.
-        detections: COCO's result format, in any order, all of images of the ground truth; may be empty.
+        detections_N: COCO_RESULT, in any order, all of images of the ground truth; may be empty.
         image_side: see area_ranges.
-        package: "pycocotools" or "faster_coco_eval"; by default the faster one where it is installed.
-        ranks: share the categories among these, all of which call with the same and get the same numbers.
+        package: "pycocotools" or "hotcoco"; by default the faster one where it is installed.
     """
     if package is None:
-        package = "faster_coco_eval" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
-    rank, world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
-    categories = sorted({category["id"] for category in ground_truth["categories"]})
-    own, problem = None, None
-    try:
-        own = _of_categories(ground_truth, detections, categories[rank::world], image_side, package)
-    except Exception as error:
-        problem = error
-    parts, problems = zip(
-        *([(own, problem)] if ranks is None else ranks.all_gather_objects((own, problem))), strict=True
-    )
-    for one in filter(None, [problem, *problems]):
-        raise one  # on all ranks, of which none waits for the others
-    precision, recall = (np.full((*shape, len(categories), 4, 3), -1.0) for shape in ((10, 101), (10,)))
-    for start, part in enumerate(parts):
-        if part is not None:
-            precision[:, :, start::world], recall[:, start::world] = part
-    return {row[0]: _mean(precision if row[1] == "Precision" else recall[:, None], *row[2:]) for row in _ROWS}
-
-
-def _of_categories(
-    ground_truth: dict[str, Any], detections: list[dict[str, Any]], categories: list[int], image_side: int | None,
-    package: str,
-) -> tuple[np.ndarray, np.ndarray] | None:  # fmt: skip
-    """Precision (T, R, K, A, M) and recall (T, K, A, M) of K categories, which do not depend on the others: T IoU
-    thresholds, R recalls, A areas, M most detections; -1 where there are no objects. None: there are no categories."""
-    if not categories:
-        return None
-    known = set(categories)
+        package = "hotcoco" if importlib.util.find_spec("hotcoco") else "pycocotools"
     coco_class, evaluator_class = _evaluator(package)
-    shared = {"images": [{"id": image["id"]} for image in ground_truth["images"]],
-              "categories": [{"id": category} for category in categories]}  # fmt: skip
-    annotations = [one for one in ground_truth["annotations"] if one["category_id"] in known]
-    found_here = [one for one in detections if one["category_id"] in known]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+    shared = {
+        "images": [{"id": image["id"]} for image in ground_truth["images"]],
+        "categories": [{"id": one["id"], "name": str(one["id"])} for one in ground_truth["categories"]],
+    }
+    # Both packages print; hotcoco warns of sizes that are not COCO's, of which `table` tells.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _no_collector():
+        warnings.filterwarnings("ignore", "hotcoco: area range bounds")
         truth, found = coco_class(), coco_class()
-        truth.dataset = shared | {"annotations": _numbered(annotations, detected=False)}
-        found.dataset = shared | {"annotations": _numbered(in_order(found_here), detected=True)}
+        truth.dataset = shared | {"annotations": _objects(ground_truth["annotations"])}
+        found.dataset = shared | {"annotations": _found(in_order(detections_N))}
         truth.createIndex()
         found.createIndex()
         evaluator = evaluator_class(truth, found, "bbox")
         evaluator.params.areaRng = [list(limits) for limits in area_ranges(image_side).values()]
         evaluator.evaluate()
         evaluator.accumulate()
-    return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
-
-
-def _mean(values_TRKAM: np.ndarray, iou: str, area: str, most: int) -> float:
-    """Over thresholds, recalls and categories that have objects, as cocoapi's `summarize`; -1 where none has."""
-    thresholds = slice(None) if ":" in iou else [round((float(iou) - 0.5) / 0.05)]
-    of_area = values_TRKAM[thresholds, :, :, list(area_ranges()).index(area), MOST_DETECTIONS.index(most)]
-    counted = of_area[of_area > -1]
-    return float(np.mean(counted)) if len(counted) else -1.0
+        evaluator.summarize()
+    return {name: float(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
 
 
 def _evaluator(package: str) -> tuple[Any, Any]:
     """The classes COCO and COCOeval of a package."""
-    if package == "faster_coco_eval":
-        from faster_coco_eval import COCO, COCOeval_faster
+    if package == "hotcoco":
+        import hotcoco
 
-        return COCO, COCOeval_faster
+        return hotcoco.COCO, hotcoco.COCOeval
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     return COCO, COCOeval
 
 
-def _numbered(boxes: Iterable[dict[str, Any]], *, detected: bool) -> list[dict[str, Any]]:
-    """What cocoapi needs of each box, with ids from 1: it takes an annotation with id 0 for 'not matched'.
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without the collector of cycles, which goes over the many records again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
-    An area or crowd flag of a detection's own counts nothing, as cocoapi reads results.
-    """
+
+def _objects(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What cocoapi needs of each object, with ids from 1: it takes an annotation with id 0 for 'not matched'."""
     return [
         {
             "id": number,
-            "image_id": box["image_id"],
-            "category_id": box["category_id"],
-            "bbox": (bbox := box["bbox"]),
-            "area": bbox[2] * bbox[3] if detected or "area" not in box else box["area"],
-            "iscrowd": 0 if detected else box.get("iscrowd", 0),
-            "score": box["score"] if detected else 0.0,
+            "image_id": one["image_id"],
+            "category_id": one["category_id"],
+            "bbox": (bbox := one["bbox"]),
+            "area": one.get("area", bbox[2] * bbox[3]),
+            "iscrowd": one.get("iscrowd", 0),
         }
-        for number, box in enumerate(boxes, 1)
+        for number, one in enumerate(annotations, 1)
+    ]
+
+
+def _found(detections_N: np.ndarray) -> list[dict[str, Any]]:
+    """What cocoapi needs of each detection."""
+    columns = (detections_N[name].tolist() for name in ("image_id", "category_id", "bbox", "score"))
+    return [
+        {
+            "id": number,
+            "image_id": image,
+            "category_id": category,
+            "bbox": bbox,
+            "area": bbox[2] * bbox[3],
+            "iscrowd": 0,
+            "score": score,
+        }
+        for number, (image, category, bbox, score) in enumerate(zip(*columns, strict=True), 1)
     ]
 
 

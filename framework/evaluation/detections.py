@@ -1,18 +1,24 @@
 """From a model's predictions to the boxes it stands for: scores, labels, pixels, and COCO's result format.
 
-# B image, K decoder layer, Q query, C class, T detection
+# B image, K decoder layer, Q query, C class, T detection of an image, N of many
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from data_tools.sample import Category
 from framework.boxes import cxcywh_to_xyxy
 from framework.models.detector import Predictions
+
+# COCO's result format as a record of an array: of a whole set that is a tenth of the time and memory of dictionaries.
+# bbox: x, y, width, height in pixels of the original image. query: -1 where nobody recorded it.
+COCO_RESULT = np.dtype(
+    [("image_id", "i8"), ("category_id", "i8"), ("bbox", "f8", (4,)), ("score", "f8"), ("query", "i8")]
+)
 
 
 @dataclass(frozen=True)
@@ -76,30 +82,42 @@ def category_ids(classes: Sequence[Category], labels: str) -> dict[int, int]:
     return {label: c.category_id for label, c in enumerate(classes)}
 
 
-def to_coco(detections: Detections, image_id: int, ids: dict[int, int]) -> list[dict[str, Any]]:
-    """COCO's result format: image_id, category_id, bbox as x, y, width, height in pixels, score; and the query.
+def to_coco(detections: Detections, image_id: int, ids: dict[int, int]) -> np.ndarray:
+    """COCO_RESULT (T,) of an image.
 
     Left out: labels without a category (COCO's 91 logits hold 80 classes; cocoapi ignores them too), and
     numbers that are not finite, which a model that diverged puts out and JSON cannot hold.
     """
-    rows = zip(
-        detections.scores_T.tolist(),
-        detections.labels_T.tolist(),
-        detections.boxes_xyxy_px_T4.tolist(),
-        detections.queries_T.tolist(),
-        strict=True,
-    )
-    return [
-        {
-            "image_id": image_id,
-            "category_id": ids[label],
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": score,
-            "query": query,
-        }
-        for score, label, (x1, y1, x2, y2), query in rows
-        if label in ids and all(map(math.isfinite, (score, x1, y1, x2, y2)))
+    labels = detections.labels_T.tolist()
+    boxes_T4 = detections.boxes_xyxy_px_T4.double().numpy()
+    results_T = np.empty(len(labels), COCO_RESULT)
+    results_T["image_id"] = image_id
+    results_T["category_id"] = [ids.get(label, 0) for label in labels]
+    results_T["bbox"][:, :2] = boxes_T4[:, :2]
+    results_T["bbox"][:, 2:] = boxes_T4[:, 2:] - boxes_T4[:, :2]
+    results_T["score"] = detections.scores_T
+    results_T["query"] = detections.queries_T
+    known_T = np.array([label in ids for label in labels], bool)
+    return results_T[known_T & np.isfinite(boxes_T4).all(1) & np.isfinite(results_T["score"])]
+
+
+def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """One array of COCO_RESULT of several, or of none."""
+    return np.concatenate([np.empty(0, COCO_RESULT), *parts])
+
+
+def from_rows(rows: Iterable[dict[str, Any]]) -> np.ndarray:
+    """COCO_RESULT (N,) of rows as a file of COCO's results has them; other keys are not kept."""
+    records = [
+        (row["image_id"], row["category_id"], tuple(row["bbox"]), row["score"], row.get("query", -1)) for row in rows
     ]
+    return np.array(records, COCO_RESULT)
+
+
+def to_rows(results_N: np.ndarray) -> list[dict[str, Any]]:
+    """COCO_RESULT as the rows of a file of COCO's results."""
+    columns = [results_N[name].tolist() for name in COCO_RESULT.names or ()]
+    return [dict(zip(COCO_RESULT.names or (), row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def placeholder_classes(num_classes: int) -> list[Category]:

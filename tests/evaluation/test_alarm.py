@@ -8,7 +8,7 @@ TRUTH = {"images": IMAGES, "annotations": WANTED}
 
 
 def alarm(detections, ap=0.0, best=0.0, images=60_000, attention="deformable"):
-    return collapse(ap, best, images, attention, lambda: TRUTH, detections)
+    return collapse(ap, best, images, attention, lambda: TRUTH, lambda: detections)
 
 
 def found(category_of=lambda wanted: wanted["category_id"], score=0.5, move=0.0):

@@ -10,8 +10,10 @@ from data_tools.sample import Category
 from framework.evaluation.detections import (
     Detections,
     category_ids,
+    from_rows,
     placeholder_classes,
     to_coco,
+    to_rows,
     top_detections,
 )
 from framework.models.detector import Predictions
@@ -84,7 +86,7 @@ CLASSES = [Category("disc", 3), Category("ring", 7)]
 def test_categories_follow_the_labels_setting(labels, expected):
     found = Detections(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 0, 3, 8]), torch.zeros(4, 4),
                        torch.arange(4))  # fmt: skip
-    assert [row["category_id"] for row in to_coco(found, 5, category_ids(CLASSES, labels))] == expected
+    assert to_coco(found, 5, category_ids(CLASSES, labels))["category_id"].tolist() == expected
 
 
 def test_result_rows_are_coco_and_json():
@@ -92,9 +94,13 @@ def test_result_rows_are_coco_and_json():
         torch.tensor([0.75, math.nan, 0.5]), torch.tensor([0, 0, 1]),
         torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0], [math.inf, 0.0, 0.0, 0.0]]), torch.tensor([9, 0, 1]),
     )  # fmt: skip
-    rows = to_coco(found, 42, category_ids(CLASSES, "contiguous"))
+    results = to_coco(found, 42, category_ids(CLASSES, "contiguous"))
+    rows = to_rows(results)
     assert rows == [{"image_id": 42, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.75, "query": 9}]
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert from_rows(rows) == results and from_rows([rows[0] | {"more": 1}]) == results
+    del rows[0]["query"]
+    assert to_rows(from_rows(rows)) == [rows[0] | {"query": -1}] and to_rows(from_rows([])) == []
 
 
 def test_classes_nobody_named_keep_their_numbers():

@@ -10,6 +10,7 @@ from framework.data.loader import DataConfig
 from framework.engine.ranks import Ranks
 from framework.errors import InputError
 from framework.evaluation.coco import METRICS, EvalConfig, evaluate
+from framework.evaluation.detections import to_rows
 from framework.models.detector import Predictions
 from tests.distributed import run_ranks
 
@@ -66,10 +67,11 @@ def predict(images_B3HW, mask_BHW):
 
 
 def run(loader, rank=0, world=1, progress=None):
-    return evaluate(
+    metrics, detections = evaluate(
         predict, loader, ranks=Ranks(rank, world, rank, torch.device("cpu")),
         config=EvalConfig(image_side=SIDE), labels="contiguous", classification="focal", progress=progress,
     )  # fmt: skip
+    return metrics, to_rows(detections)
 
 
 def test_one_rank_gives_numbers_worth_comparing():
