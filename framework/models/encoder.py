@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from framework.models.attention import Pyramid
 from ops.dropout import add_dropout_, relu_dropout_
 
-
 PIECE = 1 << 21  # hidden numbers of a feed-forward layer that a CPU computes at a time: 8 MB in float32
 
 
