@@ -1,6 +1,7 @@
 """What needs a GPU, in parts of at most 8 minutes, each with its results in docs/results/gpu-<part>.{json,md}.
 
-    make gpu-report [PARTS="op train tests sanitizer convergence"]   (offline, in your own environment: PYTHON=python3)
+    make gpu-report [PARTS="op train stages tests sanitizer convergence"]
+                                                        (offline, in your own environment: PYTHON=python3)
 
 A part is some commands, one after the other. A command that fails, or is not done in time, is recorded with what it
 printed last and ends its part; the next part starts all the same. TENFOLD_COMMIT names the commit
@@ -23,25 +24,13 @@ PART_S = 480.0  # of all commands of a part
 SHOWN_LINES = 15  # of the output of a command that failed
 # For the GPUs that are there; does nothing where it is built.
 BUILD = ["make", "-s", "build", f"PYTHON={sys.executable}"]
+TRAIN_STEP = ["-m", "benchmarks.train_step", "--repeats", "1", "--device", "cuda"]
 PARTS = {
     "op": [BUILD, ["-m", "benchmarks.precision", "--device", "cuda"], ["-m", "benchmarks.op_gpu"]],
     "train": [
         BUILD,
         *(
-            [
-                "-m",
-                "benchmarks.train_step",
-                "--repeats",
-                "1",
-                "--device",
-                "cuda",
-                "--config",
-                f"configs/{config}.yaml",
-                "--batch",
-                batch,
-                "--precision",
-                precision,
-            ]
+            [*TRAIN_STEP, "--config", f"configs/{config}.yaml", "--batch", batch, "--precision", precision]
             for config, batch, precision in (
                 ("coco_r50_deformable", "2", "fp32"),
                 ("coco_r50_deformable", "2", "bf16"),
@@ -49,6 +38,7 @@ PARTS = {
             )
         ),
     ],
+    "stages": [BUILD, ["-m", "benchmarks.stages"]],
     "tests": [BUILD, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]],
     "sanitizer": [BUILD, ["-m", "benchmarks.gpu_sanitizer"]],
     # Goes on where the last call was stopped, while runs/ is still there.

@@ -1,19 +1,23 @@
 """A training step beside others of the same model: seconds, their parts and peak memory of each side in one run.
 
     python -m benchmarks.train_step [--config FILE] [--repeats N] [--device cuda --batch B --precision bf16]
-                                    [--published FOLDER] [--transformers]
+                                    [--published FOLDER] [--transformers] [--data SHARDS]
 
-Images of 800 x 1066 with 20 boxes each; forward, matching, loss, backward and the optimizer; frozen batch norm, random
+Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, optimizer; frozen batch norm, random
 weights. `ops`: with the compiled operators. `ops.reference`: the same model in plain torch (TENFOLD_OP=reference:
 grid_sample, torch's dropout). --published, --transformers: other people's code, see benchmarks.rival_detectors. Sides
 take turns, each in a process of its own, and medians are compared. On a GPU every part is waited for, which the trainer
 does not do: `s` is of steps in a row, without.
---profile FILE: what the GPU or CPU did in one step of the first side, by operator.
+--data SHARDS: images from the trainer's loader instead, its workers and augmentation included; `data s` is what a step
+waits for them and for their way to the device.
+--profile FOLDER: what the GPU or CPU did in one step of the first side: operators.txt, and a trace for TensorBoard
+(tensorboard --logdir FOLDER, with torch-tb-profiler installed) or ui.perfetto.dev.
 On a CPU the first side's step is also told by kind of layer: the profiler's own seconds of each operator.
 Writes docs/results/train-step.{json,md}, on a GPU gpu-train-step.{json,md}.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -21,7 +25,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +38,16 @@ from benchmarks.results import ROOT, write
 from framework import config as configuration
 from framework.config import Config
 from framework.data.batch import Targets
+from framework.data.loader import TrainLoader
 from framework.engine.ds_config import EngineConfig, autocast
 from framework.engine.optimizer import build_optimizer
+from framework.errors import UsageError, command
+from framework.losses import criterion as losses
 from framework.losses.criterion import Criterion
 from framework.models.build import build_detector
 from framework.tracking.meter import peak_memory_gib
+
+Inputs = tuple[Tensor, Tensor | None, Targets]
 
 SIZE_HW = (800, 1066)
 BOXES = 20
@@ -68,9 +78,12 @@ def main() -> int:
         "--published", type=Path, metavar="FOLDER", help="a checkout of the published code, a side more"
     )
     parser.add_argument("--transformers", action="store_true", help="the transformers library's model, a side more")
-    parser.add_argument("--profile", type=Path, help="of one step; a text file")
+    parser.add_argument("--data", metavar="SHARDS", help="a folder of shards to train on")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="of one step: operators and a trace")
     parser.add_argument("--here", metavar="SIDE", help="one side, in this process; prints JSON")
     args = parser.parse_args()
+    if args.data and (args.published or args.transformers):
+        raise UsageError("--data: not beside --published or --transformers, which are measured on drawn images")
     if args.here:
         print(
             json.dumps(Step(args.here, args).run(args.profile, tell_kinds=args.here == "ops" and args.device == "cpu"))
@@ -88,25 +101,28 @@ def main() -> int:
                 print(f"{side}: {error}: left out", flush=True)
                 continue
             print(f"{args.config.stem}, {args.precision}, batch {args.batch}, {side}: {median(runs[side])}", flush=True)
-    rows = [{"side": side, **median(runs[side])} for side in sides if runs[side]]
+    known = dict.fromkeys(median(runs["ops"]))  # a column of ours that another side does not have stays empty
+    rows = [{"side": side, **known, **median(runs[side])} for side in sides if runs[side]]
     result = {"sides": rows, "images/s": args.batch / rows[0]["s"]}
     for other in rows[1:]:
         for key in ("s", "peak GiB"):
             result[f"{key} of {other['side']}, of ops"] = other[key] / rows[0][key]
-    command = f"python -m benchmarks.train_step --config configs/{args.config.name} --repeats {args.repeats}"
+    said = f"python -m benchmarks.train_step --config configs/{args.config.name} --repeats {args.repeats}"
     part = f"{args.config.stem}, {SIZE_HW[0]} x {SIZE_HW[1]}"
     usual = [parser.get_default(name) for name in ("device", "batch", "precision")]
     if [args.device, args.batch, args.precision] != usual:
-        part, command = f"{part}, {args.precision}, batch {args.batch}", " ".join([command, *settings(args)])
-    command += " --published FOLDER" * bool(args.published) + " --transformers" * args.transformers
+        part, said = f"{part}, {args.precision}, batch {args.batch}", " ".join([said, *settings(args)])
+    if args.data:
+        part, said = f"{args.config.stem} with its data, {args.precision}, batch {args.batch}", f"{said} --data SHARDS"
+    said += " --published FOLDER" * bool(args.published) + " --transformers" * args.transformers
     if args.device == "cpu":
         shares = [run["kinds"] for run in runs["ops"]]
         mean = {kind: statistics.mean(one[kind] for one in shares) for kind in shares[0]}
         result["kinds"] = [{"kind of layer, ops": kind, "of a step": share} for kind, share in mean.items()]
         result |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
-        write("train-step", "A training step on the CPU", part, result, command)
+        write("train-step", "A training step on the CPU", part, result, said)
     else:
-        write("gpu-train-step", "A training step on a GPU", part, result, command)
+        write("gpu-train-step", "A training step on a GPU", part, result, said)
     return 0
 
 
@@ -117,6 +133,7 @@ def settings(args: argparse.Namespace) -> list[str]:
 def in_process(side: str, args: argparse.Namespace, profile: Path | None) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.train_step", "--here", side, "--config", str(args.config)]
     command += [*settings(args), *(["--published", str(args.published)] if args.published else [])]
+    command += ["--data", args.data] if args.data else []
     if profile and side == "ops":
         command += ["--profile", str(profile)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -130,22 +147,20 @@ def median(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 class Step:
-    """The training step of a side, on drawn images and boxes."""
+    """The training step of a side, on drawn images and boxes or on those of a loader."""
 
     def __init__(self, side: str, args: argparse.Namespace) -> None:
         config = configuration.load(args.config, [])
         self.device, self.precision = torch.device(args.device), EngineConfig(precision=args.precision)
+        self.matching_s: list[float] = []
         torch.manual_seed(0)
-        self.batch = args.batch
-        self.image = torch.randn(self.batch, 3, *SIZE_HW, device=self.device)
-        self.mask: Tensor | None = torch.zeros(self.batch, *SIZE_HW, dtype=torch.bool, device=self.device)
-        if self.batch == 1 and side in OURS:  # as the trainer has it for one image
-            self.mask = None
-        count = self.batch * BOXES
-        boxes = torch.cat([torch.rand(count, 2) * 0.6 + 0.2, torch.rand(count, 2) * 0.3 + 0.05], dim=1)
-        labels = torch.randint(0, 91, (count,))
-        targets = Targets(labels, boxes, [BOXES] * self.batch, torch.ones(self.batch, dtype=torch.bool))
-        self.targets = targets.to(self.device)
+        if args.data:
+            loader = TrainLoader(replace(config.data, train=args.data), seed=0, global_batch=args.batch,
+                                 micro_batch=args.batch, rank=0, world=1)  # fmt: skip
+            self.batches = loaded(loader, self.device)
+        else:
+            alone = args.batch == 1 and side in OURS
+            self.batches = itertools.repeat(drawn(args.batch, self.device, without_mask=alone))
         self.model, self.forward, self.loss_of = self.side(side, config, args.published)
         self.model.train().to(self.device)
         if side in OURS:
@@ -158,21 +173,33 @@ class Step:
             assert checkout is not None
             return rival_detectors.published(checkout.resolve(), config, self.device)
         if side == "transformers":
-            return rival_detectors.transformers(config, self.targets)
+            return rival_detectors.transformers(config, next(self.batches)[2])
         model, criterion = build_detector(config.model), Criterion(config.loss, config.model.classification)
+        losses.match = self.timed(losses.match)
 
         def loss_of(predictions: Any, targets: Targets) -> Tensor:
             return criterion.total(criterion(predictions, targets, num_boxes=float(len(targets.labels_N))))
 
         return model, model, loss_of
 
+    def timed(self, match: Callable[..., Any]) -> Callable[..., Any]:
+        def matched(*arguments: Any, **named: Any) -> Any:
+            began = self.waited()
+            found = match(*arguments, **named)
+            self.matching_s.append(self.waited() - began)
+            return found
+
+        return matched
+
     def take(self, clock: Callable[[], float]) -> list[float]:
         """The times between its parts."""
         times = [clock()]
-        with autocast(self.precision, self.device):
-            predictions = self.forward(self.image, self.mask)
+        images, mask, targets = next(self.batches)
         times.append(clock())
-        loss = self.loss_of(predictions, self.targets)
+        with autocast(self.precision, self.device):
+            predictions = self.forward(images, mask)
+        times.append(clock())
+        loss = self.loss_of(predictions, targets)
         times.append(clock())
         loss.backward()
         times.append(clock())
@@ -189,8 +216,10 @@ class Step:
         """Seconds of steps, and of their parts; peak memory of the device, on a CPU of the process."""
         count = STEPS[self.device.type]
         parts = [self.take(self.waited) for _ in range(count)][max(count // 4, 1) :]
-        names = ("forward s", "matching and loss s", "backward s", "optimizer s")
+        names = ("data s", "forward s", "matching and loss s", "backward s", "optimizer s")
         seconds = {name: [times[i + 1] - times[i] for times in parts] for i, name in enumerate(names)}
+        if self.matching_s:
+            seconds["of it matching s"] = self.matching_s[-len(parts) :]
         if self.device.type == "cuda":
             began = self.waited()
             for _ in range(count):
@@ -206,8 +235,24 @@ class Step:
         if profile:
             order = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
             table = trace.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
-            profile.write_text(table + "\n")
+            torch.profiler.tensorboard_trace_handler(str(profile))(trace)
+            (profile / "operators.txt").write_text(table + "\n")
         return found | {"kinds": kinds(trace, times[-1] - times[0])}
+
+
+def drawn(count: int, device: torch.device, *, without_mask: bool) -> Inputs:
+    """Images, their mask (the trainer has none for images of one size) and their boxes."""
+    images = torch.randn(count, 3, *SIZE_HW, device=device)
+    mask = None if without_mask else torch.zeros(count, *SIZE_HW, dtype=torch.bool, device=device)
+    boxes = torch.cat([torch.rand(count * BOXES, 2) * 0.6 + 0.2, torch.rand(count * BOXES, 2) * 0.3 + 0.05], dim=1)
+    labels = torch.randint(0, 91, (count * BOXES,))
+    return images, mask, Targets(labels, boxes, [BOXES] * count, torch.ones(count, dtype=torch.bool)).to(device)
+
+
+def loaded(loader: TrainLoader, device: torch.device) -> Iterator[Inputs]:
+    for epoch in itertools.count():
+        for (batch,) in loader.epoch(epoch, 0):
+            yield *batch.inputs(device), batch.targets.to(device)
 
 
 def kinds(trace: torch.profiler.profile, step_s: float) -> dict[str, float]:
@@ -228,4 +273,4 @@ def kinds(trace: torch.profiler.profile, step_s: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

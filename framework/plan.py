@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,29 +192,31 @@ def stages_of(args: argparse.Namespace, config: Config, world: int, accumulation
         # Kept for backward: what autocast or a frozen norm makes of the weights.
         copies = added * used.itemsize if used != torch.float32 or config.model.backbone.norm == "frozen" else 0
         bytes_of = costs.memory(stage, setup)
-        bytes_of["activations"] = alive[used, engine.activation_checkpointing] + copies
+        bytes_of["activations"] = alive[used, engine.activation_checkpointing].total() + copies
         total = sum(size for name, size in bytes_of.items() if name != "host")
         collectives = [one._asdict() for one in costs.traffic(stage, setup)]
         rows.append({"stage": stage, "dtype": _short(used), "configured": stage == engine.zero_stage,
                      "memory": bytes_of | {"total": total}, "traffic": collectives})  # fmt: skip
     used = torch.float32 if engine.zero_stage == 0 else dtype
     kind = used, engine.activation_checkpointing
-    of_image = activations_of(size_hw, batch + 1, config, dtype)[kind] - alive[kind]
+    of_image = activations_of(size_hw, batch + 1, config, dtype)[kind].total() - alive[kind].total()
     without = rows[engine.zero_stage]["memory"]["total"] - batch * of_image
     return {
         "parameters": setup.elements(), "trainable": setup.elements(trainable=True), "backbone_added": added,
         "largest_micro_batch": {str(gb): max(0, int((COUNTED * gb * 1e9 - without) // of_image)) for gb in GPUS_GB},
         "size_hw": list(size_hw), "reduce_bucket_size": setup.zero.reduce_bucket_size,
-        "activations": {f"{_short(used)}{' recomputed' * recomputed}": size
-                        for (used, recomputed), size in alive.items()},
+        "activations": {f"{_short(used)}{' recomputed' * recomputed}": parts.total()
+                        for (used, recomputed), parts in alive.items()},
+        "activations_by_part": dict(alive[kind].most_common()),
         "stages": rows,
     }  # fmt: skip
 
 
 def activations_of(
     size_hw: tuple[int, ...], batch: int, config: Config, dtype: torch.dtype
-) -> dict[tuple[torch.dtype, bool], int]:
-    """Bytes by dtype and by whether layers are computed again: what the stages need, and the choice not taken."""
+) -> dict[tuple[torch.dtype, bool], Counter[str]]:
+    """Bytes of each part of the detector, by dtype and by whether layers are computed again: what the stages need, and
+    the choice not taken."""
     found = {}
     with torch.device("meta"):
         model = build_detector(config.model)

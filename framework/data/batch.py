@@ -5,6 +5,7 @@ Padding, its mask, float and normalisation are made on the device: less than a q
 # B image of the micro-batch, N box of the micro-batch (image after image), P its bytes, H W padded pixels
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -100,7 +101,7 @@ class Batch:
         mask_BHW = None
         if len(set(self.sizes_hw)) > 1:
             mask_BHW = torch.ones(len(self.sizes_hw), height, width, dtype=torch.bool, device=device)
-        mean_311, std_311 = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        mean_311, std_311 = _normalisation(images_B3HW.device)
         pixels = self.pixels_P.to(device, non_blocking=True)
         for i, (padded, image_HW3) in enumerate(zip(images_B3HW, images_in(pixels, self.sizes_hw), strict=True)):
             h, w = image_HW3.shape[:2]
@@ -115,6 +116,12 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_arrays, (Batch, *_arrays(self))
+
+
+@functools.cache
+def _normalisation(device: torch.device) -> list[Tensor]:
+    """Mean and standard deviation (3, 1, 1), copied to the device once: the processor waits for such a copy."""
+    return [torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD)]
 
 
 # Between processes tensors travel as arrays: torch would open a piece of shared memory, and a file, for each of them.

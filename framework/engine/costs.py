@@ -18,7 +18,8 @@ they are used again within max_reuse_distance elements: for models of less than 
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from ops.dropout import add_dropout_
 
 STAGES = (0, 1, 2, 3)
 STAGE_0_BUCKET = 500_000_000  # elements
+OUTSIDE = "images, positions"  # what no child of the detector makes
 DROPOUT_OF_ATTENTION = 10  # its place among the arguments of multi_head_attention_forward
 
 
@@ -166,8 +168,9 @@ def traffic(stage: int, setup: Setup) -> list[Collective]:
 
 def activations(
     model: nn.Module, size_hw: tuple[int, int], batch: int, dtype: torch.dtype, *, as_on_gpu: bool = True
-) -> int:
-    """Bytes alive after the forward pass of a Detector beside its parameters and buffers: what backward needs.
+) -> Counter[str]:
+    """Bytes alive after the forward pass of a Detector beside its parameters and buffers, what backward needs, by the
+    part of the detector that made them ("backbone", "encoder", ..., or OUTSIDE).
 
     Nothing is computed: tensors are fakes, whatever device the model is on (meta will do). They are on a fake CPU, as
     torch's CPU build knows no other; as_on_gpu has the operators that differ do what they do on a GPU.
@@ -183,10 +186,10 @@ def activations(
 
 def alive_after_forward(
     model: nn.Module, tensors: dict[str, Tensor], size_hw: tuple[int, int], batch: int, dtype: torch.dtype
-) -> int:
+) -> Counter[str]:
     """`activations` with these parameters and buffers, by name: really computed when they are no fakes."""
     images, padding = torch.zeros(batch, 3, *size_hw), torch.zeros(batch, *size_hw, dtype=torch.bool)
-    with _Storages() as storages, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with _Storages() as storages, torch.autocast("cpu", dtype, enabled=dtype != torch.float32), storages.parts(model):
         predictions = torch.func.functional_call(model, tensors, (images, padding))
     alive = storages.alive_bytes()
     del predictions  # it holds what was counted
@@ -213,19 +216,42 @@ class _AsOnGPU(TorchFunctionMode):
 
 
 class _Storages(TorchDispatchMode):
-    """Notes the memory of every tensor that an operator returns; that of its inputs in place or as a view, too."""
+    """Notes the memory of every tensor that an operator returns, that of its inputs in place or as a view, too, and
+    the part of the model that it first came from."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.part = OUTSIDE
+        self.seen: dict[int, tuple[StorageWeakRef, int, str]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self.seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                known = self.seen.get(storage._cdata)
+                part = self.part if known is None or known[0].expired() else known[2]
+                self.seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), part
         return result
 
-    def alive_bytes(self) -> int:
-        return sum(size for reference, size in self.seen.values() if not reference.expired())
+    @contextlib.contextmanager
+    def parts(self, model: nn.Module) -> Iterator[None]:
+        """Inside, what runs within a child of the model is that child's."""
+
+        def enter(name: str) -> None:
+            self.part = name
+
+        hooks = []
+        for name, child in model.named_children():
+            for called in child if isinstance(child, nn.ModuleList) else [child]:
+                hooks.append(called.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+                hooks.append(called.register_forward_hook(lambda *_: enter(OUTSIDE)))
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    def alive_bytes(self) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for reference, size, part in self.seen.values():
+            found[part] += size * (not reference.expired())
+        return found

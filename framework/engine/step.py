@@ -74,7 +74,7 @@ def replicated_gradient_norm(engine: Any) -> Tensor | None:
 
 def boxes_per_micro_batch(micro_batches: list[Batch], ranks: Ranks) -> Tensor:
     """Mean number of target boxes of a micro-batch over the global batch, at least 1; float32 scalar."""
-    count = torch.tensor(float(sum(len(b.targets.labels_N) for b in micro_batches)), device=ranks.device)
+    count = torch.full((), float(sum(len(b.targets.labels_N) for b in micro_batches)), device=ranks.device)
     return (ranks.sum(count) / (len(micro_batches) * ranks.world)).clamp(min=1.0)
 
 

@@ -35,8 +35,9 @@ class Pyramid:
             y = torch.arange(height, device=device, dtype=torch.float32) + 0.5
             x = torch.arange(width, device=device, dtype=torch.float32) + 0.5
             grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).view(1, -1, 2)
-            size = self.valid_ratios_BL2[:, None, level] * grid.new_tensor([width, height])
-            centres.append(grid / size)
+            ratios_B2 = self.valid_ratios_BL2[:, level]
+            size_B2 = torch.stack([ratios_B2[:, 0] * width, ratios_B2[:, 1] * height], dim=-1)
+            centres.append(grid / size_B2[:, None])
         return torch.cat(centres, dim=1)
 
 

@@ -7,6 +7,7 @@ from framework.engine.optimizer import GROUPS, other_batch
 
 GIB, MIB = 2**30, 2**20
 WORTH = 0.1  # a share of stage 0's memory below which sharding is not worth a collective
+SHOWN_PARTS = 4  # of the detector, those that keep most
 
 
 def batch_text(batch: dict[str, int], epochs: dict[str, int] | None, config: Config) -> str:
@@ -50,6 +51,8 @@ def memory_text(stages: dict[str, Any], config: Config) -> str:
              *columns(rows)]  # fmt: skip
     alive = ", ".join(f"{name} {size / GIB:.2f}" for name, size in stages["activations"].items())
     lines.append(f"  activations: {alive} (engine.activation_checkpointing recomputes)")
+    sizes = [f"{part} {size / GIB:.2f}" for part, size in stages["activations_by_part"].items()]
+    lines.append(f"  of it as configured: {', '.join(sizes[:SHOWN_PARTS])}")
     largest = ", ".join(f"{gb} GB {images}" for gb, images in stages["largest_micro_batch"].items())
     lines.append(f"  images that fit as configured: {largest}")
     bucket = stages["reduce_bucket_size"]

@@ -44,7 +44,7 @@ def test_tensors_without_content_keep_as_much_as_real_ones(config, recomputed, d
     named = dict([*real.named_parameters(), *real.named_buffers()])
     measured = costs.alive_after_forward(real, named, (64, 96), 2, dtype)
     # Of bf16 a CPU's norms keep their statistics in float32, which a fake's do not.
-    few = {torch.float32: 0, torch.bfloat16: 2e-3}[dtype]
+    few = {torch.float32: 0, torch.bfloat16: 4e-3}[dtype]
     assert costs.activations(fake, (64, 96), 2, dtype, as_on_gpu=False) == pytest.approx(measured, rel=few, abs=0)
 
 
@@ -59,7 +59,7 @@ def test_what_backward_saves_is_alive_and_little_else_is():
         predictions = model(torch.zeros(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool))
     for parameter in model.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
-    alive = costs.activations(meta_detector(TINY), (64, 96), 2, torch.float32, as_on_gpu=False)
+    alive = costs.activations(meta_detector(TINY), (64, 96), 2, torch.float32, as_on_gpu=False).total()
     assert predictions.logits_KBQC.requires_grad
     assert sum(saved.values()) <= alive <= 1.3 * sum(saved.values())
 
@@ -68,7 +68,7 @@ def test_dense_attention_keeps_no_matrix_on_a_gpu():
     model = meta_detector(replace(TINY, attention="dense", num_feature_levels=1, classification="softmax"))
     sizes = (1024, 1024)  # 1,024 tokens
     matrix = 4 * TINY.num_heads * 1024**2
-    on_cpu, on_gpu = (costs.activations(model, sizes, 1, torch.float32, as_on_gpu=gpu) for gpu in (False, True))
+    on_cpu, on_gpu = (costs.activations(model, sizes, 1, torch.float32, as_on_gpu=gpu).total() for gpu in (False, True))
     assert on_cpu - on_gpu > 3 * TINY.encoder_layers * matrix
 
 
@@ -103,7 +103,7 @@ def test_memory_of_a_step_on_an_h100(as_measured, variant, batch, dtype):
               if side["side"] == "ops"]  # fmt: skip
     model = meta_detector(VARIANTS[variant])
     bytes_of = costs.memory(0, setup_of(model))
-    total = bytes_of["weights"] + bytes_of["optimizer"] + costs.activations(model, (800, 1066), batch, dtype)
+    total = bytes_of["weights"] + bytes_of["optimizer"] + costs.activations(model, (800, 1066), batch, dtype).total()
     assert 0.94 < total / GIB / ops["peak GiB"] < 1  # what the loss keeps is not in it
 
 

@@ -1,0 +1,81 @@
+"""Forward, loss and backward never wait for the device, but for the costs of matching: the processor stays ahead."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from framework.data.batch import blank_batch
+from framework.losses import matcher
+from framework.losses.criterion import Criterion
+from framework.losses.matcher import LossConfig
+from framework.models.backbone import BackboneConfig
+from framework.models.build import ModelConfig, build_detector
+
+SMALL = dict(num_classes=3, num_queries=5, width=32, num_heads=2, encoder_layers=1, decoder_layers=2, ffn_width=32,
+             backbone=BackboneConfig("resnet18"))  # fmt: skip
+MODELS = {
+    "deformable": ModelConfig(**SMALL),
+    "two-stage": ModelConfig(**SMALL, refine_boxes=True, queries="proposals"),
+    "DETR": ModelConfig(**SMALL, attention="dense", classification="softmax", num_feature_levels=1),
+}
+SIZES_HW = {"padded": [(64, 96), (96, 64)], "alike": [(64, 96), (64, 96)]}
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses what brings numbers, or shapes that depend on them, to the processor."""
+
+    REFUSED = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::unique")
+    on = True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = function.name().startswith(self.REFUSED)
+        if function.name().startswith(("aten::index.", "aten::index_put", "aten::_index_put")):
+            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        assert not self.on or not waits, f"{function.name()} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes_hw", SIZES_HW.values(), ids=SIZES_HW)
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_only_the_costs_of_matching_are_waited_for(config, sizes_hw, device, monkeypatch):
+    torch.manual_seed(0)
+    detector = build_detector(config).to(device).train()
+    criterion = Criterion(LossConfig(), config.classification)
+    batch = blank_batch(sizes_hw, boxes=2)
+    if device == "cuda":
+        batch = batch.pin_memory()
+
+    def step():
+        predictions = detector(*batch.inputs(device))
+        losses = criterion(predictions, batch.targets.to(device), torch.full((), 2.0, device=device))
+        criterion.total(losses).backward()
+
+    step()  # the first one makes what is kept
+    refused, copies = NoWaits(), []
+    copy = matcher.on_host
+
+    def refuse(on):
+        refused.on = on
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+    def allowed(costs):
+        refuse(False)
+        copies.append(copy(costs))
+        refuse(True)
+        return copies[-1]
+
+    monkeypatch.setattr(matcher, "on_host", allowed)
+    try:
+        with refused:
+            refuse(True)
+            step()
+    finally:
+        refuse(False)
+    assert len(copies) == 1
+    for waits in (torch.Tensor.item, lambda one: one[one > 0]):
+        with pytest.raises(AssertionError, match="waits for the device"), NoWaits():
+            waits(torch.ones(1, device=device))
