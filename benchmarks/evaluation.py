@@ -3,7 +3,8 @@
     python -m benchmarks.evaluation
 
 Drawn boxes, 36,000 in 80 classes, and detections near to them. What each part takes: from tensors to COCO's format
-(each process its half), order and gathering, and the twelve numbers, with hotcoco and with pycocotools.
+(each process its half), order and gathering, and the twelve numbers, which one process computes, with hotcoco and with
+pycocotools.
 Writes docs/results/evaluation.{json,md}.
 """
 
@@ -50,7 +51,7 @@ def evaluate_drawn(ranks: Ranks) -> list[dict[str, float]]:
         clock.append(time.perf_counter())
         found_N, _ = coco.everywhere(ranks, own_N, [])
         clock.append(time.perf_counter())
-        numbers = coco.coco_metrics(truth, found_N, package="hotcoco")
+        numbers = ranks.from_main(lambda: coco.coco_metrics(truth, found_N, package="hotcoco"))  # noqa: B023
         clock.append(time.perf_counter())
         names = ("to COCO's format", "order and gathering", "hotcoco")
         times.append({name: clock[i + 1] - clock[i] for i, name in enumerate(names)})

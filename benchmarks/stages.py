@@ -11,6 +11,7 @@ Writes docs/results/stages.{json,md}, on a GPU gpu-stages.{json,md}.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import torch
 
 from benchmarks.results import ROOT, write
 from data_tools import convert, synth
-from framework.errors import InputError, command
+from framework.errors import FAILED, command
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3), "fp16": (1, 2, 3)}
 USUAL = {"cuda": ["--config", "configs/coco_r50_deformable.yaml", "model.backbone.weights=null",
@@ -40,19 +41,20 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = (["--config", str(args.config)] if args.config else USUAL[device]) + args.overrides
+    name = "gpu-stages" if device == "cuda" else "stages"
+    said = " ".join(["python -m benchmarks.stages", "--steps", str(args.steps), *arguments])
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         shards = drawn_shards(Path(folder))
         for precision, stages in STAGES.items():
             for stage in stages if precision != "fp16" or device == "cuda" else ():
-                run = trained(Path(folder), arguments, args.steps, shards, precision, stage)
-                rows.append({"precision": precision, "ZeRO": stage, **run, "of the first run's loss": None})
-                rows[-1]["of the first run's loss"] = run["last loss"] / rows[0]["last loss"]
+                row = {"precision": precision, "ZeRO": stage}
+                row |= trained(Path(folder), arguments, args.steps, shards, precision, stage)
+                first = (rows or [row])[0]["last loss"]
+                rows.append(row | {"of the first run's loss": row["last loss"] and first and row["last loss"] / first})
                 print(rows[-1], flush=True)
-    said = " ".join(["python -m benchmarks.stages", "--steps", str(args.steps), *arguments])
-    name = "gpu-stages" if device == "cuda" else "stages"
-    write(name, "Precisions and ZeRO stages", f"{args.steps} steps", {"runs": rows}, said)
-    return 0
+                write(name, "Precisions and ZeRO stages", f"{args.steps} steps", {"runs": rows}, said)  # so far
+    return 0 if all(row["outcome"] == "done" for row in rows) else FAILED
 
 
 def drawn_shards(folder: Path) -> Path:
@@ -62,26 +64,27 @@ def drawn_shards(folder: Path) -> Path:
     return folder / "shards"
 
 
-def trained(
-    folder: Path, arguments: list[str], steps: int, shards: Path, precision: str, stage: int
-) -> dict[str, float]:
-    """A run's medians of what it recorded in its second half."""
+def trained(folder: Path, arguments: list[str], steps: int, shards: Path, precision: str, stage: int) -> dict[str, Any]:
+    """How a run ended, and medians of what it recorded in its second half."""
     run = folder / f"{precision}-{stage}"
     line = [sys.executable, "-m", "framework.train", *arguments, f"data.train={shards}", "eval.every=0",
             f"engine.precision={precision}", f"engine.zero_stage={stage}", f"train.max_steps={steps}",
             f"train.epochs={steps}", "train.lr_drop_epochs=[]", f"tracking.log_every={max(1, steps // RECORDS)}",
             f"train.run_dir={run}"]  # fmt: skip
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    ended = subprocess.run(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT)  # fmt: skip
-    if ended.returncode:
-        raise InputError(f"exit code {ended.returncode} of {' '.join(line)}:\n{ended.stdout[-3000:]}")
-    records = [json.loads(one) for one in (run / "metrics.jsonl").read_text().splitlines()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    ended = subprocess.run(line, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    path = run / "metrics.jsonl"
+    records = [json.loads(one) for one in path.read_text().splitlines()] if path.exists() else []
     records = [one for one in records if "loss/total" in one][-RECORDS // 2 :]
+    shutil.rmtree(run, ignore_errors=True)  # its weights
+    outcome = "done"
+    if ended.returncode or not records:
+        outcome, records = f"exit code {ended.returncode}: {ended.stdout.strip().splitlines()[-1]}", []
     return {
-        "images/s": statistics.median(one["throughput/images_per_s"] for one in records),
-        "peak GiB": max(one["memory/peak_gib"] for one in records),
-        "last loss": records[-1]["loss/total"],
+        "images/s": statistics.median(one["throughput/images_per_s"] for one in records) if records else None,
+        "peak GiB": max((one["memory/peak_gib"] for one in records), default=None),
+        "last loss": records[-1]["loss/total"] if records else None,
+        "outcome": outcome,
     }
 
 

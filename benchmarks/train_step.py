@@ -64,6 +64,7 @@ KINDS = {
 POINTWISE = ("aten::clamp_min", "aten::threshold_backward", "aten::add_", "aten::mul", "aten::copy_")
 OF_A_BIAS = ("aten::copy_", "aten::sum")
 NARROWEST = 64  # channels of a map
+HEADS = [8, 32]  # of the operator's values, and their width
 
 
 def main() -> int:
@@ -131,14 +132,14 @@ def settings(args: argparse.Namespace) -> list[str]:
 
 
 def in_process(side: str, args: argparse.Namespace, profile: Path | None) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.train_step", "--here", side, "--config", str(args.config)]
-    command += [*settings(args), *(["--published", str(args.published)] if args.published else [])]
-    command += ["--data", args.data] if args.data else []
+    line = [sys.executable, "-m", "benchmarks.train_step", "--here", side, "--config", str(args.config)]
+    line += [*settings(args), *(["--published", str(args.published)] if args.published else [])]
+    line += ["--data", args.data] if args.data else []
     if profile and side == "ops":
-        command += ["--profile", str(profile)]
+        line += ["--profile", str(profile)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TENFOLD_OP": OURS.get(side, ""), "PYTHONPATH": path}
-    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    printed = subprocess.run(line, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(printed.splitlines()[-1])  # libraries print too
 
 
@@ -159,8 +160,7 @@ class Step:
                                  micro_batch=args.batch, rank=0, world=1)  # fmt: skip
             self.batches = loaded(loader, self.device)
         else:
-            alone = args.batch == 1 and side in OURS
-            self.batches = itertools.repeat(drawn(args.batch, self.device, without_mask=alone))
+            self.batches = itertools.repeat(drawn(args.batch, self.device, without_mask=side in OURS))
         self.model, self.forward, self.loss_of = self.side(side, config, args.published)
         self.model.train().to(self.device)
         if side in OURS:
@@ -184,15 +184,16 @@ class Step:
 
     def timed(self, match: Callable[..., Any]) -> Callable[..., Any]:
         def matched(*arguments: Any, **named: Any) -> Any:
-            began = self.waited()
+            began = self.clock()
             found = match(*arguments, **named)
-            self.matching_s.append(self.waited() - began)
+            self.matching_s.append(self.clock() - began)
             return found
 
         return matched
 
     def take(self, clock: Callable[[], float]) -> list[float]:
         """The times between its parts."""
+        self.clock = clock
         times = [clock()]
         images, mask, targets = next(self.batches)
         times.append(clock())
@@ -265,7 +266,7 @@ def kinds(trace: torch.profiler.profile, step_s: float) -> dict[str, float]:
             kind = "backbone"
         if event.key in OF_A_BIAS and len(shape) == len("NC"):
             kind = "linear layers"
-        if event.key == "aten::fill_" and len(shape) == len("BSME"):
+        if event.key == "aten::fill_" and shape[2:] == HEADS:
             kind = "the operator"
         taken[kind] += event.self_cpu_time_total / 1e6
     shares = {kind: taken[kind] / step_s for kind in KINDS}

@@ -119,9 +119,10 @@ class Batch:
 
 
 @functools.cache
-def _normalisation(device: torch.device) -> list[Tensor]:
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3, 1, 1), copied to the device once: the processor waits for such a copy."""
-    return [torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD)]
+    mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
 
 
 # Between processes tensors travel as arrays: torch would open a piece of shared memory, and a file, for each of them.

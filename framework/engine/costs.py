@@ -237,21 +237,28 @@ class _Storages(TorchDispatchMode):
     @contextlib.contextmanager
     def parts(self, model: nn.Module) -> Iterator[None]:
         """Inside, what runs within a child of the model is that child's."""
+        within = [OUTSIDE]
 
         def enter(name: str) -> None:
+            within.append(name)
             self.part = name
 
-        hooks = []
-        for name, child in model.named_children():
-            for called in child if isinstance(child, nn.ModuleList) else [child]:
-                hooks.append(called.register_forward_pre_hook(lambda *_, name=name: enter(name)))
-                hooks.append(called.register_forward_hook(lambda *_: enter(OUTSIDE)))
-        yield
-        for hook in hooks:
-            hook.remove()
+        def leave() -> None:
+            within.pop()
+            self.part = within[-1]
+
+        with contextlib.ExitStack() as hooks:
+            for name, child in model.named_children():
+                for called in child if isinstance(child, nn.ModuleList) else [child]:
+                    before = called.register_forward_pre_hook(lambda *_, name=name: enter(name))
+                    after = called.register_forward_hook(lambda *_: leave())
+                    hooks.callback(before.remove)
+                    hooks.callback(after.remove)
+            yield
 
     def alive_bytes(self) -> Counter[str]:
         found: Counter[str] = Counter()
         for reference, size, part in self.seen.values():
-            found[part] += size * (not reference.expired())
+            if not reference.expired():
+                found[part] += size
         return found

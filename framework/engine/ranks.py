@@ -5,9 +5,10 @@ import contextlib
 import importlib
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch.distributed.constants import default_pg_timeout
 
 from framework.engine import slurm
 from framework.errors import UsageError
+
+T = TypeVar("T")
 
 ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 STORE_PATIENCE_S = 300.0  # for rank 0 to begin: on a cold file system importing torch takes minutes
@@ -48,6 +51,20 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What rank 0's call returns, or the error that it raises, on every rank. Collective."""
+        result: T | None = None
+        problem: Exception | None = None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as error:
+                problem = error
+        result, problem = self.all_gather_objects((result, problem))[0]
+        if problem is not None:
+            raise problem
+        return cast(T, result)
 
     def refuse_different(self, fingerprints: dict[str, str | None]) -> None:
         """Raises UsageError on every rank when one has other data than rank 0 for a key: a stale copy on the disk of a

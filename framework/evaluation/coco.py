@@ -1,9 +1,9 @@
 """COCO's twelve numbers: from detections, and from a model over all ranks.
 
-# N detection
-
 pycocotools is the measure. hotcoco gives the same numbers many times faster and does the work where it is
 installed; a test holds the two equal.
+
+# N detection
 """
 
 import contextlib
@@ -122,7 +122,8 @@ def evaluate(
     if len(bad) > loader.config.max_bad:
         allowed = loader.config.max_bad
         raise InputError(f"{len(bad)} unusable images in the evaluation, data.max_bad is {allowed}: {bad[0]}")
-    return coco_metrics(loader.ground_truth(), detections_N, config.image_side), detections_N
+    metrics = ranks.from_main(lambda: coco_metrics(loader.ground_truth(), detections_N, config.image_side))
+    return metrics, detections_N
 
 
 def everywhere(ranks: "Ranks", found_N: np.ndarray, bad: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -145,7 +146,9 @@ def in_order(detections_N: np.ndarray) -> np.ndarray:
     first: so stand the ties of cocoapi's published example, and its numbers come out to the last digit.
     """
     x, y, w, h = detections_N["bbox"].T
-    keys = (h, w, y, x, -(w * h), detections_N["category_id"], -detections_N["score"], detections_N["image_id"])
+    with np.errstate(over="ignore"):  # of a file's numbers
+        area_N = w * h
+    keys = (h, w, y, x, -area_N, detections_N["category_id"], -detections_N["score"], detections_N["image_id"])
     return detections_N[np.lexsort(keys)]
 
 
@@ -168,23 +171,26 @@ def coco_metrics(
     Args:
         ground_truth: COCO's annotation format; image sizes, segmentation and the annotations' own ids are not
             used, `area` is w * h and `iscrowd` 0 where missing.
-        detections_N: COCO_RESULT, in any order, all of images of the ground truth; may be empty.
+        detections_N: COCO_RESULT, in any order, all of images and categories of the ground truth; may be empty.
         image_side: see area_ranges.
         package: "pycocotools" or "hotcoco"; by default the faster one where it is installed.
     """
     if package is None:
         package = "hotcoco" if importlib.util.find_spec("hotcoco") else "pycocotools"
     coco_class, evaluator_class = _evaluator(package)
+    images, categories = (
+        np.unique(np.array([one["id"] for one in ground_truth[kind]], np.int64)) for kind in ("images", "categories")
+    )
     shared = {
-        "images": [{"id": image["id"]} for image in ground_truth["images"]],
-        "categories": [{"id": one["id"], "name": str(one["id"])} for one in ground_truth["categories"]],
+        "images": [{"id": place} for place in range(len(images))],
+        "categories": [{"id": place, "name": str(place)} for place in range(len(categories))],
     }
     # Both packages print; hotcoco warns of sizes that are not COCO's, of which `table` tells.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _no_collector():
         warnings.filterwarnings("ignore", "hotcoco: area range bounds")
         truth, found = coco_class(), coco_class()
-        truth.dataset = shared | {"annotations": _objects(ground_truth["annotations"])}
-        found.dataset = shared | {"annotations": _found(in_order(detections_N))}
+        truth.dataset = shared | {"annotations": _objects(ground_truth["annotations"], images, categories)}
+        found.dataset = shared | {"annotations": _found(in_order(detections_N), images, categories)}
         truth.createIndex()
         found.createIndex()
         evaluator = evaluator_class(truth, found, "bbox")
@@ -219,24 +225,29 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _objects(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What cocoapi needs of each object, with ids from 1: it takes an annotation with id 0 for 'not matched'."""
+def _objects(annotations: list[dict[str, Any]], images: np.ndarray, categories: np.ndarray) -> list[dict[str, Any]]:
+    """What cocoapi needs of each object: ids from 1, since it takes an annotation with id 0 for 'not matched', and of
+    image and category their places, since hotcoco knows no negative ids."""
+    image_of, category_of = ({one: place for place, one in enumerate(ids.tolist())} for ids in (images, categories))
     return [
         {
             "id": number,
-            "image_id": one["image_id"],
-            "category_id": one["category_id"],
+            "image_id": image_of[one["image_id"]],
+            "category_id": category_of[one["category_id"]],
             "bbox": (bbox := one["bbox"]),
             "area": one.get("area", bbox[2] * bbox[3]),
-            "iscrowd": one.get("iscrowd", 0),
+            "iscrowd": int(bool(one.get("iscrowd", 0))),
         }
         for number, one in enumerate(annotations, 1)
     ]
 
 
-def _found(detections_N: np.ndarray) -> list[dict[str, Any]]:
+def _found(detections_N: np.ndarray, images: np.ndarray, categories: np.ndarray) -> list[dict[str, Any]]:
     """What cocoapi needs of each detection."""
-    columns = (detections_N[name].tolist() for name in ("image_id", "category_id", "bbox", "score"))
+    columns = [
+        np.searchsorted(images, detections_N["image_id"]), np.searchsorted(categories, detections_N["category_id"]),
+        detections_N["bbox"], detections_N["score"],
+    ]  # fmt: skip
     return [
         {
             "id": number,
@@ -247,7 +258,7 @@ def _found(detections_N: np.ndarray) -> list[dict[str, Any]]:
             "iscrowd": 0,
             "score": score,
         }
-        for number, (image, category, bbox, score) in enumerate(zip(*columns, strict=True), 1)
+        for number, (image, category, bbox, score) in enumerate(zip(*(c.tolist() for c in columns), strict=True), 1)
     ]
 
 

@@ -88,17 +88,17 @@ def to_coco(detections: Detections, image_id: int, ids: dict[int, int]) -> np.nd
     Left out: labels without a category (COCO's 91 logits hold 80 classes; cocoapi ignores them too), and
     numbers that are not finite, which a model that diverged puts out and JSON cannot hold.
     """
-    labels = detections.labels_T.tolist()
-    boxes_T4 = detections.boxes_xyxy_px_T4.double().numpy()
-    results_T = np.empty(len(labels), COCO_RESULT)
+    scores_T, boxes_T4 = detections.scores_T.double().numpy(), detections.boxes_xyxy_px_T4.double().numpy()
+    known_T = np.array([label in ids for label in detections.labels_T.tolist()], bool)
+    kept = np.flatnonzero(known_T & np.isfinite(scores_T) & np.isfinite(boxes_T4).all(1))
+    results_T = np.empty(len(kept), COCO_RESULT)
     results_T["image_id"] = image_id
-    results_T["category_id"] = [ids.get(label, 0) for label in labels]
-    results_T["bbox"][:, :2] = boxes_T4[:, :2]
-    results_T["bbox"][:, 2:] = boxes_T4[:, 2:] - boxes_T4[:, :2]
-    results_T["score"] = detections.scores_T
-    results_T["query"] = detections.queries_T
-    known_T = np.array([label in ids for label in labels], bool)
-    return results_T[known_T & np.isfinite(boxes_T4).all(1) & np.isfinite(results_T["score"])]
+    results_T["category_id"] = [ids[label] for label in detections.labels_T[kept].tolist()]
+    results_T["bbox"][:, :2] = boxes_T4[kept, :2]
+    results_T["bbox"][:, 2:] = boxes_T4[kept, 2:] - boxes_T4[kept, :2]
+    results_T["score"] = scores_T[kept]
+    results_T["query"] = detections.queries_T[kept]
+    return results_T
 
 
 def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
@@ -107,10 +107,8 @@ def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def from_rows(rows: Iterable[dict[str, Any]]) -> np.ndarray:
-    """COCO_RESULT (N,) of rows as a file of COCO's results has them; other keys are not kept."""
-    records = [
-        (row["image_id"], row["category_id"], tuple(row["bbox"]), row["score"], row.get("query", -1)) for row in rows
-    ]
+    """COCO_RESULT (N,) of rows as a file of COCO's results has them; other keys are not read, a query neither."""
+    records = [(row["image_id"], row["category_id"], tuple(row["bbox"]), row["score"], -1) for row in rows]
     return np.array(records, COCO_RESULT)
 
 

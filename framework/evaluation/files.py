@@ -18,7 +18,9 @@ def read_ground_truth(path: str | Path) -> dict[str, Any]:
         images = {_integer(image["id"]) for image in truth["images"]}
         categories = {_integer(category["id"]) for category in truth["categories"]}
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a COCO annotation file: an image or category has no integer id") from error
+        raise InputError(
+            f"{path}: not a COCO annotation file: an image or category has no integer id of 64 bits"
+        ) from error
     for place, annotation in enumerate(truth["annotations"]):
         _check_box(annotation, f"{path}: annotation {place}", images, categories, "its own list")
     return truth
@@ -66,8 +68,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _integer(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{value!r} is not an integer")
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{value!r} is not an integer of 64 bits")
     return value
 
 

@@ -44,8 +44,10 @@ def test_tensors_without_content_keep_as_much_as_real_ones(config, recomputed, d
     named = dict([*real.named_parameters(), *real.named_buffers()])
     measured = costs.alive_after_forward(real, named, (64, 96), 2, dtype)
     # Of bf16 a CPU's norms keep their statistics in float32, which a fake's do not.
-    few = {torch.float32: 0, torch.bfloat16: 4e-3}[dtype]
-    assert costs.activations(fake, (64, 96), 2, dtype, as_on_gpu=False) == pytest.approx(measured, rel=few, abs=0)
+    few = {torch.float32: 0, torch.bfloat16: 2e-3}[dtype]
+    planned = costs.activations(fake, (64, 96), 2, dtype, as_on_gpu=False)
+    assert planned.total() == pytest.approx(measured.total(), rel=few, abs=0)
+    assert planned == pytest.approx(measured, rel=2 * few, abs=0)  # by part
 
 
 def test_what_backward_saves_is_alive_and_little_else_is():

@@ -101,6 +101,19 @@ def test_an_annotation_with_id_zero_can_be_found(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_ids_may_be_any_integers(package):
+    truth, found = random_set(6)
+    expected = metrics_of(truth, found, package=package)
+    for one in truth["images"]:
+        one["id"] = 2**62 - one["id"]
+    for one in truth["categories"]:
+        one["id"] = -one["id"]
+    for one in truth["annotations"] + found:
+        one["image_id"], one["category_id"] = 2**62 - one["image_id"], -one["category_id"]
+    assert metrics_of(truth, found, package=package) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_nothing_found_is_zero_and_nothing_to_find_is_minus_one(package, capfd):
     truth, found = random_set(1)
     assert set(metrics_of(truth, [], package=package).values()) == {0.0}

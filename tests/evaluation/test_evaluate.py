@@ -116,5 +116,19 @@ def test_two_processes_equal_one(images, batch_size, repeats):
     assert run_ranks(2, evaluated, images, batch_size, repeats) == [expected] * 2
 
 
+def test_an_error_of_the_numbers_is_raised_on_all():
+    assert run_ranks(2, evaluated_without_boxes) == ["KeyError: 'bbox'"] * 2
+
+
+def evaluated_without_boxes(ranks):
+    loader = Loader(3, ranks.rank, ranks.world)
+    truth = loader.ground_truth()
+    del truth["annotations"][0]["bbox"]
+    loader.ground_truth = lambda: truth
+    with pytest.raises(KeyError) as raised:
+        run(loader, ranks.rank, ranks.world)
+    return f"KeyError: {raised.value}"
+
+
 def evaluated(ranks, images, batch_size, repeats):
     return run(Loader(images, ranks.rank, ranks.world, batch_size, repeats), ranks.rank, ranks.world)

@@ -37,6 +37,7 @@ def test_good_files_are_read_as_they_are(tmp_path):
     (FOUND, "not a COCO annotation file: expected an object with a list 'images'"),
     ({"images": [], "annotations": []}, "expected an object with a list 'categories'"),
     (TRUTH | {"images": [{"id": "3"}]}, "an image or category has no integer id"),
+    (TRUTH | {"images": [{"id": 2**63}]}, "an image or category has no integer id of 64 bits"),
     (TRUTH | {"categories": [5]}, "an image or category has no integer id"),
     (TRUTH | {"images": [{"id": 4}]}, "annotation 0: image_id 3 is not in its own list"),
     (TRUTH | {"annotations": [None]}, "annotation 0: expected an object with .*, found null"),
