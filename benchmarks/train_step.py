@@ -5,7 +5,7 @@
 
 Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, optimizer; frozen batch norm, random
 weights. `ops`: with the compiled operators. `ops.reference`: the same model in plain torch (TENFOLD_OP=reference:
-grid_sample, torch's dropout). --published, --transformers: other people's code, see benchmarks.rival_detectors. Sides
+grid_sample, torch's dropout; feed-forward layers of all tokens at once). --published, --transformers: other people's code, see benchmarks.rival_detectors. Sides
 take turns, each in a process of its own, and medians are compared. On a GPU every part is waited for, which the trainer
 does not do: `s` is of steps in a row, without.
 --data SHARDS: images from the trainer's loader instead, its workers and augmentation included; `data s` is what a step
@@ -44,6 +44,7 @@ from framework.engine.optimizer import build_optimizer
 from framework.errors import UsageError, command
 from framework.losses import criterion as losses
 from framework.losses.criterion import Criterion
+from framework.models import encoder
 from framework.models.build import build_detector
 from framework.tracking.meter import peak_memory_gib
 
@@ -174,6 +175,8 @@ class Step:
             return rival_detectors.published(checkout.resolve(), config, self.device)
         if side == "transformers":
             return rival_detectors.transformers(config, next(self.batches)[2])
+        if side == "ops.reference":
+            encoder.PIECE = sys.maxsize
         model, criterion = build_detector(config.model), Criterion(config.loss, config.model.classification)
         losses.match = self.timed(losses.match)
 
