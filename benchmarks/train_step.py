@@ -5,9 +5,9 @@
 
 Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, optimizer; frozen batch norm, random
 weights. `ops`: with the compiled operators. `ops.reference`: the same model in plain torch (TENFOLD_OP=reference:
-grid_sample, torch's dropout; feed-forward layers of all tokens at once). --published, --transformers: other people's code, see benchmarks.rival_detectors. Sides
-take turns, each in a process of its own, and medians are compared. On a GPU every part is waited for, which the trainer
-does not do: `s` is of steps in a row, without.
+grid_sample, torch's dropout; feed-forward layers of all tokens at once). --published, --transformers: other people's
+code, see benchmarks.rival_detectors. Sides take turns, each in a process of its own, and medians are compared. On a GPU
+every part is waited for, which the trainer does not do: `s` is of steps in a row, without.
 --data SHARDS: images from the trainer's loader instead, its workers and augmentation included; `data s` is what a step
 waits for them and for their way to the device.
 --profile FOLDER: what the GPU or CPU did in one step of the first side: operators.txt, and a trace for TensorBoard
