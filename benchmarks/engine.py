@@ -40,6 +40,7 @@ from framework.losses.criterion import Criterion
 from framework.losses.matcher import LossConfig
 from framework.models.backbone import BackboneConfig
 from framework.models.build import ModelConfig, build_detector
+from framework.models.detector import Detector
 from tests.distributed import run_ranks
 
 STAGES, WORLDS = (0, 1, 2, 3), (1, 2, 4)
@@ -322,15 +323,27 @@ def in_turns(ranks: Ranks, sides: dict[str, Callable[[], Any]]) -> Iterator[tupl
             yield turn, name, time.perf_counter() - began
 
 
+def plain_side(ranks: Ranks) -> tuple[Detector, Callable[[], None]]:
+    """R50 base without DeepSpeed, and what updates it after backward."""
+    torch.manual_seed(SEED)
+    model = build_detector(WIDE.model)
+    optimizer = build_optimizer(model, OPTIM, ranks.device)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, update
+
+
 def overhead(folder: Path) -> dict[str, Any]:
     return run_ranks(1, overhead_alone)[0]
 
 
 def overhead_alone(ranks: Ranks) -> dict[str, Any]:
     batch, criterion, guard = wide_batch(), Criterion(WIDE.loss, "focal"), Guard(GuardConfig(), ranks)
-    torch.manual_seed(SEED)
-    model = build_detector(WIDE.model)
-    optimizer = build_optimizer(model, OPTIM, ranks.device)
+    model, update = plain_side(ranks)
     engines = {stage: wide_engine(ranks, stage) for stage in (0, 1)}
 
     spent: dict[str, list[float]] = {}  # of the step that is taken: backward, update
@@ -343,11 +356,6 @@ def overhead_alone(ranks: Ranks) -> dict[str, Any]:
             return found
 
         return instead
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
 
     def plain() -> None:
         predictions = model(*batch.inputs(ranks.device))
@@ -382,16 +390,12 @@ def processes(folder: Path) -> dict[str, Any]:
 
 def processes_of_two(ranks: Ranks) -> dict[str, Any]:
     batch, criterion, guard = wide_batch(), Criterion(WIDE.loss, "focal"), Guard(GuardConfig(), ranks)
-    torch.manual_seed(SEED)
-    model = build_detector(WIDE.model)
-    optimizer = build_optimizer(model, OPTIM, ranks.device)
+    model, update = plain_side(ranks)
     engine = wide_engine(ranks, 0)
 
     def alone() -> None:
         criterion.total(criterion(model(*batch.inputs(ranks.device)), batch.targets, 7.0)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
 
     sides = {
         "one, while the other waits": lambda: alone() if ranks.rank == 0 else None,

@@ -111,7 +111,7 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     def validation_due() -> bool:
         return val_set is not None and (step == end or every(config.eval.every * per_epoch, step))
 
-    not_evaluated = ranks.all_gather_objects(not Path(run_dir, evaluation_name(step)).exists())[0]
+    not_evaluated = ranks.from_main(lambda: not Path(run_dir, evaluation_name(step)).exists())
     stopped_by, owed = None, False
     kept = partial(kept_steps, config.train, per_epoch)
     with (Checkpoints(run_dir, ranks, kept, incarnation.refuse_overtaken) as checkpoints,

@@ -12,6 +12,7 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,9 @@ class Incarnation:
     def __init__(self, run_dir: str | Path, ranks: Ranks, env: Mapping[str, str] = os.environ) -> None:
         self.path, self.ranks, self._seen = Path(run_dir, FILE), ranks, (0, 0)
         self.token = uuid.uuid4().hex
-        refused = self._begin(env) if ranks.is_main else None
-        if (refused := ranks.all_gather_objects(refused)[0]) is not None:
-            raise UsageError(refused)
+        ranks.from_main(partial(self._begin, env))
 
-    def _begin(self, env: Mapping[str, str]) -> str | None:
+    def _begin(self, env: Mapping[str, str]) -> None:
         own = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "host": env.get("SLURMD_NODENAME") or socket.gethostname(), "pid": os.getpid(), "ranks": self.ranks.world,
@@ -43,13 +42,12 @@ class Incarnation:
         }  # fmt: skip
         last = last_line(self.path)
         if last and last["job"] and last["job"] == own["job"] and last["restart"] > own["restart"]:
-            return (f"train.run_dir: restart {own['restart']} of job {own['job']} comes after restart "
-                    f"{last['restart']}, on {last['host']}, has begun; this one ends")  # fmt: skip
+            raise UsageError(f"train.run_dir: restart {own['restart']} of job {own['job']} comes after restart "
+                             f"{last['restart']}, on {last['host']}, has begun; this one ends")  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(own) + "\n")
         sync(self.path)
-        return None
 
     def overtaken(self) -> str | None:
         """By whom, where another start owns the folder."""
