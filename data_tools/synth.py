@@ -1,7 +1,8 @@
 """Draw a detection set in COCO format: textured shapes that cover one another, on textured ground.
 
 An image is drawn from (seed, train or val, number) alone: the same arguments give the same bytes (with the same
-numpy and Pillow), more images extend a set, and no training image is ever a validation image.
+numpy and Pillow; with AVX-512 one image in 60 differs in a few pixels), more images extend a set, and no training
+image is ever a validation image.
 
     ground -> lines, grey shapes, pale blobs (no class) -> 1 to 20 objects, each over the earlier ones
 

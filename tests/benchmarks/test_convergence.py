@@ -144,7 +144,7 @@ def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
     assert experiment.main(list(plain)) == 0
     said = capfd.readouterr().out
     assert "resuming from" in (one.work / again.name / "output.txt").read_text()
-    assert len(list((small / "recorded" / "cpu").glob("*/run.json"))) == 5 and f"{again.name}: AP" in said
+    assert len(list((small / "recorded" / "cpu").glob("*/run.json"))) == 7 and f"{again.name}: AP" in said
     facts = json.loads((small / "recorded/cpu" / again.name / "run.json").read_text())
     assert [point["epoch"] for point in facts["points"]] == [1, 2, 3]
     for path in (path for path in (small / "recorded").rglob("*") if path.is_file()):
@@ -153,7 +153,7 @@ def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
     # Six epochs began as three, and have the same weights as if they had been trained for themselves.
     [six] = [run for run in one.plan("reported", 1) if run.epochs == 6]
     assert "resuming from" in (one.work / six.name / "output.txt").read_text()
-    alone = replace(six, again=True)
+    alone = replace(six, again=3)
     one.train([alone], 2, time.monotonic() + 60)  # with as many cores, or its last bits are others
     assert one.facts(alone)["weights_sha256"] == one.facts(six)["weights_sha256"]
     shutil.rmtree(one.recorded(alone))
@@ -172,6 +172,12 @@ def test_stopped_gone_on_with_recorded_and_not_trained_again(small, capfd):
 
     with alone_in(one.work, ""), pytest.raises(UsageError, match="another process is writing it"):
         experiment.main(list(plain))
+    run = small / "recorded/cpu" / again.name / "run.json"
+    facts = run.read_text()
+    run.write_text(facts.replace(json.loads(facts)["data_fingerprint"], "another"))
+    with pytest.raises(UsageError, match="fingerprint another, and .*drawn-shards has .*: they cannot be compared"):
+        experiment.main(list(plain))
+    run.write_text(facts)
     config = small / "recorded/cpu" / again.name / "config.yaml"
     config.write_text(config.read_text().replace("num_queries: 40", "num_queries: 41"))
     with pytest.raises(UsageError, match="another configuration: model.num_queries: 41 -> 40"):
