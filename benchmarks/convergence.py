@@ -370,7 +370,7 @@ class Experiment:
     def finished(self, run: Run, settings: list[str]) -> None:
         """Write run.json, and where runs are recorded copy what a report needs: not the weights."""
         folder = self.work / run.name
-        curve = read_curve(f"{run.label}={folder}", "val/AP")
+        curve = read_curve(f"{run.label}={folder}")
         assert curve is not None, f"{folder}: trained, but without AP"
         newest = max((folder / "checkpoints").iterdir())
         manifest = json.loads((newest / "MANIFEST.json").read_text())
@@ -401,6 +401,10 @@ class Experiment:
             if rows := [self.row(run) for run in runs if self.folder(run)]:
                 part = "sweep" if title == "sweep" else "reported more without"
                 self.write(title, {"runs": rows}, part)
+        for model, rate in self.rates().items():
+            if rate in (min(self.size.rates[model]), max(self.size.rates[model])):
+                print(f"{model}: of the learning rates tried the best, {rate:g}, is at an end; by the protocol both "
+                      "tuned models get one more trial (SIZES)")  # fmt: skip
         self.compare("", whole, by_protocol=True)
         for data in PHOTOGRAPHS:
             self.compare(data, self.plan(data, 1))
@@ -434,12 +438,14 @@ class Experiment:
         baseline = sorted((run.epochs, run.label) for run in done if run.model == "detr-dc5")
         if not baseline or all(run.model == "detr-dc5" for run in done):
             return
-        arguments = [f"{run.label}={folder.relative_to(ROOT)}" for run, folder in done.items()]
+        models = list(MODELS)
+        ordered = sorted(done, key=lambda run: (models.index(run.model), run.epochs, run.seed))
+        arguments = [f"{run.label}={done[run].relative_to(ROOT)}" for run in ordered]
         flags += ["--out", str(self.out / name), "--baseline", baseline[-1][1]]
         try:
             convergence.main([*arguments, *flags])
         except (InputError, UsageError) as error:  # runs were left out; the other tables are made all the same
-            print(f"no charts{f' of {name}' if name else ''}: {error}")
+            print(f"no ratios{f' of {name}' if name else ''}: {error}")
         if self.record:  # TensorBoard does not read gzipped runs
             shutil.rmtree(self.out / name / "tensorboard", ignore_errors=True)
 
@@ -461,7 +467,8 @@ class Experiment:
                 a, b = self.facts(first), self.facts(run)
                 rows.append({
                     "model": MODELS[run.model].title, "epochs": run.epochs, "seed": run.seed, "AP": a["AP"],
-                    "AP, again": b["AP"], "weights": a["weights_sha256"][:16],
+                    "AP, again": b["AP"], "hours": round(a["hours"], 3), "hours, again": round(b["hours"], 3),
+                    "weights": a["weights_sha256"][:16],
                     "weights, again": b["weights_sha256"][:16], "equal": a["weights_sha256"] == b["weights_sha256"],
                     "on": " and ".join(dict.fromkeys(f"{one['device']}; {one['machine']}" for one in (a, b))),
                 })  # fmt: skip

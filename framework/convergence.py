@@ -20,7 +20,8 @@ EXAMPLE = """examples:
       --baseline detr
   python -m framework.convergence 'Deformable DETR=runs/a' 'DETR, 12 epochs=runs/b' 'DETR, 120 epochs=runs/c' \\
       --out convergence --method 'Deformable DETR' --schedules 'DETR, 12 epochs' 'DETR, 120 epochs'
-  python -m framework.convergence theirs=some/folder --tag eval/mAP --out convergence     (somebody else's run)
+  python -m framework.convergence ours=runs/a theirs=some/folder --tag val/AP --tag eval/mAP --out convergence
+      (beside somebody else's run)
 
 RUN is a run folder, or any folder with event files, with a label before it where LABEL= stands there; runs of one
 label are seeds of one line. Without a label: the folder's name without -seedN."""
@@ -29,6 +30,7 @@ SHARES = (0.5, 0.75, 0.9, 1.0)  # of the baseline's best AP
 # A baseline counts as converged where it ends within 90 % of the method's AP, or at half of it, if it had become flat:
 # gained less than 1 AP. One that never learnt anything is flat too, and proves nothing.
 NEAR_ENOUGH, HALF, FLAT = 0.9, 0.5, 0.01
+SEEDS = 3  # of fewer, a ratio is preliminary
 AXES = ("epoch", "images", "step", "hours")
 
 log = logging.getLogger("tenfold")
@@ -37,33 +39,39 @@ log = logging.getLogger("tenfold")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     setup_logging(None, is_main=True)
-    lines, result = compared(args)
-    out = Path(args.out)
-    write_json(out / "convergence.json", result)
+    lines = read_lines(args)
+    out, tags = Path(args.out), " or ".join(args.tag)
     for axis in AXES:
-        draw_curves(lines, axis, args.tag, out / f"ap-{axis}")
+        draw_curves(lines, axis, tags, out / f"ap-{axis}")
     draw_sizes(lines, out / "sizes")
-    draw_published(PUBLISHED, out / "published")
-    (out / "convergence.md").write_text(markdown(lines, result))
+    draw_published(PUBLISHED, SOURCES, out / "published")
     write_layout(out, args.tag)
+    result = compared(lines, args)  # refuses what cannot be compared by epochs; the charts are there
+    write_json(out / "convergence.json", result)
+    (out / "convergence.md").write_text(markdown(lines, result))
     print(markdown(lines, result))
     log.info("charts, table and JSON are in %s", out)
     return 0
 
 
-def compared(args: argparse.Namespace) -> tuple[dict[str, list[Curve]], dict[str, Any]]:
-    """The curves of each label, and the result as JSON takes it."""
-    curves = comparable([curve for text in args.runs if (curve := read_curve(text, args.tag))])
+def read_lines(args: argparse.Namespace) -> dict[str, list[Curve]]:
+    """The curves of each label that can be compared."""
+    curves = comparable([curve for text in args.runs if (curve := read_curve(text, args.tag, args.epoch_tag))])
     if not curves:
         raise InputError("no run is left to draw; the lines above say why")
-    lines = by_label(curves)
-    result: dict[str, Any] = {"tag": args.tag, "runs": [vars(curve) for curve in curves]}
+    return by_label(curves)
+
+
+def compared(lines: dict[str, list[Curve]], args: argparse.Namespace) -> dict[str, Any]:
+    """The result as JSON takes it."""
+    runs = [vars(curve) for curves in lines.values() for curve in curves]
+    result: dict[str, Any] = {"tags": args.tag, "runs": runs}
     if args.baseline:
         result["milestones"] = milestones(lines, of(args.baseline, "--baseline", lines))
     if args.method:
         schedules = [of(label, "--schedules", lines) for label in args.schedules]
         result["protocol"] = protocol(lines[of(args.method, "--method", lines)], [lines[label] for label in schedules])
-    return lines, result
+    return result
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -73,33 +81,49 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="[LABEL=]FOLDER with TensorBoard's event files")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the charts, the table and the JSON")
-    parser.add_argument("--tag", default="val/AP", help="scalar to compare (default: val/AP)")
+    parser.add_argument("--tag", action="append", metavar="TAG", help="scalar to compare (val/AP); again: another one "
+                        "of those runs that do not have the first")  # fmt: skip
+    parser.add_argument("--epoch-tag", action="append", metavar="TAG", help="scalar that says the epoch (epoch)")
     parser.add_argument("--baseline", metavar="LABEL", help="whose best AP the others' epochs are measured against")
     parser.add_argument("--method", metavar="LABEL", help="with --schedules: whose final AP a schedule has to reach")
     parser.add_argument("--schedules", nargs="+", metavar="LABEL", default=[], help="the baseline's complete schedules")
     args = parser.parse_args(argv)
+    args.tag, args.epoch_tag = args.tag or ["val/AP"], args.epoch_tag or ["epoch"]
     if bool(args.method) != bool(args.schedules):
         raise UsageError("--method, --schedules: expected both or neither")
     return args
 
 
 def comparable(curves: list[Curve]) -> list[Curve]:
-    """Those on the data that most of them were trained on; a line for each of the others."""
-    sets = Counter(curve.fingerprint for curve in curves if curve.fingerprint)
-    if len(sets) < 2:
-        return curves
-    (chosen, count), *_ = sets.most_common()
-    for curve in curves:
-        if curve.fingerprint not in (chosen, None):
-            log.warning("%s is left out: %s was trained on the data %s, %d of the other runs on %s", curve.label,
-                        curve.folder, curve.fingerprint, count, chosen)  # fmt: skip
-    return [curve for curve in curves if curve.fingerprint in (chosen, None)]
+    """Those that were trained and evaluated on what most of them were; a line for each of the others."""
+    for name in dict.fromkeys(name for curve in curves for name in curve.common):
+        found = Counter(value for curve in curves if (value := curve.common[name]) is not None)
+        if not found:
+            continue
+        (chosen, count), *_ = found.most_common()
+        for curve in curves:
+            if curve.common[name] is None and name == "data.train":
+                log.warning("%s: %s does not say what data it was trained on; taken as the same as the others'",
+                            curve.label, curve.folder)  # fmt: skip
+            elif curve.common[name] not in (chosen, None):
+                log.warning("%s is left out: %s has %s %s, %d of the other runs %s", curve.label, curve.folder, name,
+                            curve.common[name], count, chosen)  # fmt: skip
+        curves = [curve for curve in curves if curve.common[name] in (chosen, None)]
+    return curves
 
 
 def by_label(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    """Raises UsageError: two runs have a label in common and are no seeds."""
     lines: dict[str, list[Curve]] = {}
     for curve in curves:
         lines.setdefault(curve.label, []).append(curve)
+    for label, seeds in lines.items():
+        folders = [Path(curve.folder).resolve() for curve in seeds]
+        if twice := [str(folder) for folder, count in Counter(folders).items() if count > 1]:
+            raise UsageError(f"{label}: expected another folder for each seed; found {', '.join(twice)} more than once")
+        if len(seeds) > 1 and all(folder.name == label for folder in folders):
+            raise UsageError(f"{', '.join(curve.folder for curve in seeds)}: all of them would be called {label}; "
+                             "expected LABEL=FOLDER, or names that end in -seedN for seeds of one line")  # fmt: skip
     return lines
 
 
@@ -139,7 +163,7 @@ def protocol(method: list[Curve], schedules: list[list[Curve]]) -> dict[str, Any
 
     Final APs are means over seeds. Valid only if the longest schedule ends within NEAR_ENOUGH of the method's AP, or at
     HALF of it and flat: no seed moved by FLAT over the last fifth before its learning rate dropped. What is not
-    valid has no ratio. Raises InputError: a run does not say its epochs.
+    valid has no ratio. Raises InputError: a run does not say its epochs, or is no complete schedule.
     """
     target, length = final(method), epochs_of(method)
     table: list[dict[str, Any]] = [
@@ -162,6 +186,9 @@ def protocol(method: list[Curve], schedules: list[list[Curve]]) -> dict[str, Any
         words = f"{ratio:.3g} times as many ({shorter[-1]:.3g} times do not suffice)"
     else:
         words = f"at most {ratio:.3g} times as many (no shorter schedule is there)"
+    seeds = min(len(curves) for curves in (method, *schedules))
+    if seeds < SEEDS:
+        words += f"; preliminary, with {seeds} of {SEEDS} seeds"
     return {
         "method": method[0].label,
         "seeds": len(method),
@@ -181,6 +208,9 @@ def final(curves: Sequence[Curve]) -> float:
 
 
 def epochs_of(curves: Sequence[Curve]) -> float:
+    for curve in curves:
+        if curve.cut:
+            raise InputError(f"{curve.label}: {curve.folder} is no complete schedule: {curve.cut}")
     ends = {curve.last["epoch"] for curve in curves}
     if None in ends or len(ends) != 1:
         found = ", ".join(f"{curve.folder}: {curve.last['epoch']}" for curve in curves)
@@ -230,9 +260,9 @@ def markdown(lines: dict[str, list[Curve]], result: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
-def write_layout(out: Path, tag: str) -> None:
+def write_layout(out: Path, tags: Sequence[str]) -> None:
     """TensorBoard's custom scalars: the runs beside this folder under one tab, sizes apart."""
-    layout = {"convergence": {name: ["Multiline", [f"^{tag}{size}$"]] for name, size in
+    layout = {"convergence": {name: ["Multiline", [f"^{tag}{size}$" for tag in tags]] for name, size in
                               (("AP", ""), ("small", "s"), ("medium", "m"), ("large", "l"))}}  # fmt: skip
     for earlier in (out / "tensorboard").glob("*tfevents*"):
         earlier.unlink()
@@ -240,11 +270,13 @@ def write_layout(out: Path, tag: str) -> None:
         writer.add_custom_scalars(layout)
 
 
-# AP on COCO val2017, ResNet-50: (epochs, AP). Zhu et al. 2021, Table 1; 12 epochs: Zhang et al. 2022 (DINO), Table 1.
+# AP on COCO val2017, ResNet-50: (epochs, AP).
+SOURCES = "Zhu et al. 2021, Table 1; 12 epochs: Zhang et al. 2022 (DINO), Table 1"
 PUBLISHED: dict[str, list[tuple[int, float]]] = {
     "Faster R-CNN + FPN": [(109, 42.0)],
     "DETR": [(500, 42.0)],
     "DETR-DC5": [(12, 15.5), (50, 35.3), (500, 43.3)],
+    "DETR-DC5+ (focal loss, 300 queries)": [(50, 36.2)],
     "Deformable DETR": [(12, 41.1), (50, 43.8)],
     "+ iterative refinement": [(50, 45.4)],
     "++ two-stage": [(50, 46.2)],

@@ -65,8 +65,8 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     """The story of a run; returns its exit code."""
     run_dir = str(config.train.run_dir)
     train_set, val_set = open_data(config, ranks)
-    ranks.refuse_different({"data.train": train_set.manifest.fingerprint,
-                            "data.val": None if val_set is None else val_set.manifest.fingerprint})  # fmt: skip
+    val_fingerprint = None if val_set is None else val_set.manifest.fingerprint
+    ranks.refuse_different({"data.train": train_set.manifest.fingerprint, "data.val": val_fingerprint})
     config = with_num_classes(config, train_set)
     refuse_too_many_boxes(config, train_set)
     at = DataState(train_set.manifest.fingerprint, config.train.seed, 0, 0, config.train.global_batch)
@@ -103,7 +103,8 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     per_epoch = train_set.steps_per_epoch
     end = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
     step = at.epoch * per_epoch + at.samples_consumed // config.train.global_batch
-    record_run(config, ranks, {"fingerprint": train_set.manifest.fingerprint, "start_weights": start})
+    record_run(config, ranks, {"fingerprint": train_set.manifest.fingerprint, "val_fingerprint": val_fingerprint,
+                               "start_weights": start})  # fmt: skip
     setup_logging(run_dir, ranks.is_main)
     sink = open_sink(run_dir, ranks.is_main, step, incarnation.refuse_overtaken)
     say_what_begins(config, train_set, last, start, step, end)

@@ -18,18 +18,20 @@ from framework.tracking.curves import read_curve
 STEPS_AN_EPOCH = 10
 
 
-def write_run(folder, aps, *, drop=None, tag="val/AP", fingerprint="a", epochs=True):
-    """An AP after every epoch, a minute each; the learning rate drops after epoch `drop`."""
+def write_run(folder, aps, *, drop=None, tag="val/AP", fingerprint="a", epochs="epoch", config=None):
+    """An AP after every epoch, a minute each; the learning rate drops after epoch `drop`. epochs: their tag or None."""
     writer = SummaryWriter(str(folder / "tensorboard"))
     start = time.time()
     for epoch, ap in enumerate(aps, 1):
         step, at = epoch * STEPS_AN_EPOCH, start + 60 * epoch
         values = {tag: ap, f"{tag}s": ap / 2, "images_seen": 8 * step}
         values |= {"lr/rest": 1e-4 if drop is None or epoch <= drop else 1e-5}
-        for name, value in (values | ({"epoch": epoch} if epochs else {})).items():
+        for name, value in (values | ({epochs: epoch} if epochs else {})).items():
             writer.add_scalar(name, value, step, walltime=at)
     writer.close()
     (folder / "environment.json").write_text(json.dumps({"fingerprint": fingerprint}))
+    if config:
+        (folder / "config.yaml").write_text(config)
     return folder
 
 
@@ -49,7 +51,7 @@ def run(runs, *flags):
     """What the command finds, without its charts."""
     setup_logging(None, is_main=True)
     arguments = convergence.parse([*map(str, sorted(runs.glob("*-seed*"))), "--out", "unused", *flags])
-    return convergence.compared(arguments)[1]
+    return convergence.compared(convergence.read_lines(arguments), arguments)
 
 
 PROTOCOL = ("--method", "fast", "--schedules", "slow40", "slow4", "slow20")
@@ -59,9 +61,13 @@ def test_ratio_of_the_protocol(runs, tmp_path):
     found = run(runs, *PROTOCOL)["protocol"]
     assert [(row["label"], row["times"]) for row in found["schedules"]] == [("slow4", 1), ("slow20", 5), ("slow40", 10)]
     assert (found["ratio"], found["valid"]) == (10, True)
-    assert found["in words"] == "10 times as many (5 times do not suffice)"
+    assert found["in words"] == "10 times as many (5 times do not suffice); preliminary, with 2 of 3 seeds"
     alone = run(runs, "--method", "fast", "--schedules", "slow40")["protocol"]
-    assert alone["in words"] == "at most 10 times as many (no shorter schedule is there)"
+    assert alone["in words"].startswith("at most 10 times as many (no shorter schedule is there)")
+    for name, epochs in (("fast", 4), ("slow40", 40)):
+        write_run(tmp_path / f"{name}-seed3", [0.41] * epochs, drop=3)
+    whole = run(runs, "--method", "fast", "--schedules", "slow40")["protocol"]
+    assert whole["in words"] == "at most 10 times as many (no shorter schedule is there)"
 
 
 def test_a_baseline_that_never_reaches_it(runs, tmp_path):
@@ -69,12 +75,12 @@ def test_a_baseline_that_never_reaches_it(runs, tmp_path):
         write_run(tmp_path / f"fast-seed{seed}", [0.1, 0.2, 0.3, 0.48], drop=3)
     found = run(runs, *PROTOCOL)["protocol"]
     assert (found["ratio"], found["valid"]) == (None, True)  # within 90 %
-    assert found["in words"] == "> 10 times as many, not reached"
+    assert found["in words"].startswith("> 10 times as many, not reached")
 
 
 def test_a_baseline_that_has_not_converged_proves_nothing(runs, tmp_path):
     found = run(runs, "--method", "fast", "--schedules", "slow4", "slow20")["protocol"]
-    assert found["in words"] == "the baseline has not converged: no ratio" and not found["valid"]
+    assert found["in words"].startswith("the baseline has not converged: no ratio") and not found["valid"]
     assert found["ratio"] is None
     assert found["gain of the longest over the last fifth before its drop"] == pytest.approx([0.06, 0.06])
 
@@ -101,7 +107,9 @@ def test_pictures_and_tensorboards_layout(runs, tmp_path):
     assert convergence.main([*map(str, sorted(runs.glob("*-seed*"))), "--out", str(out), *PROTOCOL]) == 0
     assert json.loads((out / "convergence.json").read_text())["protocol"]["ratio"] == 10
     text = (out / "convergence.md").read_text()
-    assert "**10 times as many (5 times do not suffice)**" in text and "| slow40 | slow40-seed2 | 40 |" in text
+    assert (
+        "**10 times as many (5 times do not suffice); preliminary" in text and "| slow40 | slow40-seed2 | 40 |" in text
+    )
     for name in ("ap-epoch", "ap-images", "ap-step", "ap-hours", "sizes", "published"):
         with Image.open(out / f"{name}.png") as picture:
             colours = picture.convert("RGB").getcolors(maxcolors=2**20)
@@ -121,10 +129,16 @@ def test_what_cannot_be_compared_is_left_out_with_a_line(runs, tmp_path, capsys)
     write_run(tmp_path / "nan-seed1", [math.nan, math.nan])
     write_run(tmp_path / "holes-seed1", [0.1, math.nan, 0.2])
     (tmp_path / "empty-seed1").mkdir()
+    write_run(tmp_path / "small-seed1", [0.5, 0.6], config="eval: {image_side: 288}")
+    for path in tmp_path.glob("slow*"):
+        (path / "config.yaml").write_text("eval: {image_side: null}")
+    (tmp_path / "holes-seed1" / "environment.json").unlink()
     result = run(runs)
     said = warnings_of(capsys)
     assert {run["label"] for run in result["runs"]} == {"fast", "slow4", "slow20", "slow40", "holes"}
-    assert "other is left out" in said and "was trained on the data b" in said
+    assert "other is left out" in said and "other-seed1 has data.train b, 9 of the other runs a" in said
+    assert "small is left out" in said and "has eval.image_side 288, 6 of the other runs None" in said
+    assert "holes: " in said and "holes-seed1 does not say what data it was trained on" in said
     assert "theirs is left out" in said and "no val/AP (--tag) in it, only eval/mAP" in said
     assert "nan is left out" in said and "val/AP is NaN or -1 at all of its steps" in said
     assert "empty is left out" in said and "found no event file" in said
@@ -133,12 +147,12 @@ def test_what_cannot_be_compared_is_left_out_with_a_line(runs, tmp_path, capsys)
 
 def test_sizes_that_no_object_has_are_not_drawn(tmp_path):
     """COCO says -1."""
-    curve = read_curve(str(write_run(tmp_path / "run-seed1", [0.1, -2.0])), "val/AP")
+    curve = read_curve(str(write_run(tmp_path / "run-seed1", [0.1, -2.0])))
     assert [point["AP"] for point in curve.points] == pytest.approx([0.1])
     writer = SummaryWriter(str(tmp_path / "run-seed1" / "tensorboard"))
     writer.add_scalar("val/APs", -1.0, STEPS_AN_EPOCH)
     writer.close()
-    curve = read_curve(str(tmp_path / "run-seed1"), "val/AP")
+    curve = read_curve(str(tmp_path / "run-seed1"))
     assert curve.last["APs"] is None
     assert "| run | run-seed1 | 1 | 10.0 |  |" in convergence.markdown({"run": [curve]}, {})
 
@@ -147,10 +161,12 @@ def test_folders_with_an_equals_sign_and_broken_notes(tmp_path, capsys):
     setup_logging(None, is_main=True)
     folder = write_run(tmp_path / "lr=1e-4-seed1", [0.1])
     (folder / "environment.json").write_text("[")
-    curve = read_curve(str(folder), "val/AP")
-    assert (curve.label, curve.fingerprint) == ("lr=1e-4", None)
-    assert "does not say which data" in warnings_of(capsys)
-    assert read_curve(f"mine={folder}", "val/AP").label == "mine"
+    (folder / "config.yaml").write_text("[")
+    curve = read_curve(str(folder))
+    assert (curve.label, set(curve.common.values()), curve.cut) == ("lr=1e-4", {None}, None)
+    said = warnings_of(capsys)
+    assert "environment.json does not say which data" in said and "config.yaml cannot be read" in said
+    assert read_curve(f"mine={folder}").label == "mine"
 
 
 def test_gaps_are_named(tmp_path, capsys):
@@ -159,9 +175,44 @@ def test_gaps_are_named(tmp_path, capsys):
     assert "run: nothing between steps 20 and 60, where usually 10 lie between two points" in warnings_of(capsys)
 
 
+def test_repeated_steps_are_named_and_the_later_ones_count(tmp_path, capsys):
+    setup_logging(None, is_main=True)
+    write_run(tmp_path / "run-seed1", [0.1, 0.2])
+    with SummaryWriter(str(tmp_path / "run-seed1" / "tensorboard"), filename_suffix=".later") as writer:
+        writer.add_scalar("val/AP", 0.3, 2 * STEPS_AN_EPOCH)
+    curve = read_curve(str(tmp_path / "run-seed1"))
+    assert curve.last["AP"] == pytest.approx(0.3)
+    assert "run: steps from 20 on stand there more than once; the later values count" in warnings_of(capsys)
+
+
+def test_percents_are_taken_as_such(tmp_path, capsys):
+    setup_logging(None, is_main=True)
+    curve = read_curve(str(write_run(tmp_path / "run", [0.5, 40.0])))
+    assert [point["AP"] for point in curve.points] == pytest.approx([0.005, 0.4])
+    assert curve.last["APs"] == pytest.approx(0.2)
+    assert "run: val/AP goes up to 40, so that it is taken as percent" in warnings_of(capsys)
+
+
+def test_only_complete_schedules_are_compared_by_the_protocol(tmp_path):
+    flags = ("--method", "fast", "--schedules", "slow")
+    write_run(tmp_path / "fast-seed1", [0.1, 0.4], config="train: {epochs: 2}")
+    slow = write_run(tmp_path / "slow-seed1", [0.1, 0.4, 0.4], config="train: {epochs: 4}")
+    with pytest.raises(InputError, match="slow: .*slow-seed1 is no complete schedule: it ended at epoch 3 of 4"):
+        run(tmp_path, *flags)
+    (slow / "config.yaml").write_text("train: {epochs: 3}")
+    assert run(tmp_path, *flags)["protocol"]["ratio"] == 1.5
+    write_run(tmp_path / "nan-seed1", [0.1, 0.4, math.nan])
+    with pytest.raises(InputError, match="nan-seed1 is no complete schedule: its last evaluation has no AP"):
+        run(tmp_path, "--method", "fast", "--schedules", "nan")
+
+
+def lines_of(folders):
+    return convergence.by_label([read_curve(str(folder)) for folder in folders])
+
+
 def test_charts_hold_all_of_their_lines(runs):
     """Panels share an axis: none may cut off what is higher than the first one's lines."""
-    lines = convergence.by_label([read_curve(str(folder), "val/AP") for folder in sorted(runs.glob("*-seed*"))])
+    lines = lines_of(sorted(runs.glob("*-seed*")))
     for curves in lines.values():
         for point in (point for curve in curves for point in curve.points):
             point["APm"], point["APl"] = point["AP"], 1.5 * point["AP"]
@@ -170,16 +221,57 @@ def test_charts_hold_all_of_their_lines(runs):
     pyplot.close(figure)
 
 
-def test_runs_of_others(tmp_path):
-    write_run(tmp_path / "theirs", [0.1, 0.2], tag="eval/mAP", epochs=False)
-    curve = read_curve(f"Their DETR={tmp_path / 'theirs'}", "eval/mAP")
+@pytest.mark.parametrize("axis, where", [("epoch", [1, 3]), ("step", [10, 30]), ("hours", [1.5 / 60, 4 / 60])])
+def test_lines_are_means_of_seeds_where_all_have_been_evaluated(tmp_path, axis, where):
+    """The second seed takes twice as long and lacks an evaluation."""
+    write_run(tmp_path / "run-seed1", [0.1, 0.2, 0.3])
+    write_run(tmp_path / "run-seed2", [0.2, math.nan, 0.5])
+    lines = lines_of(sorted(tmp_path.glob("run-*")))
+    for curve, minutes in zip(lines["run"], (1, 2), strict=True):
+        for point in curve.points:
+            point["hours"] = minutes * point["epoch"] / 60
+    figure, panel = pyplot.subplots()
+    charts.draw_lines(panel, lines, axis, "AP")
+    [line], [band] = panel.lines, panel.collections
+    assert line.get_xdata() == pytest.approx([1.5 / 60, 4.5 / 60] if axis == "hours" else where)
+    assert line.get_ydata() == pytest.approx([15, 40]) and line.get_label() == "run, 2 seeds"
+    assert {round(y) for _, y in band.get_paths()[0].vertices} == {10, 20, 30, 50}
+    pyplot.close(figure)
+
+
+def test_hours_of_two_writers_at_once_count_once(tmp_path):
+    for name, tag in (("train", "loss"), ("val", "val/AP")):
+        write_run(tmp_path / "run" / name, [0.1, 0.2], tag=tag)
+    assert read_curve(str(tmp_path / "run")).points[-1]["hours"] == pytest.approx(2 / 60, abs=0.5 / 60)
+
+
+def test_runs_of_others(tmp_path, capsys):
+    theirs = write_run(tmp_path / "theirs", [0.1, 0.2], tag="eval/mAP", epochs=None)
+    curve = read_curve(f"Their DETR={theirs}", ["val/AP", "eval/mAP"])
     assert curve.label == "Their DETR" and curve.last["AP"] == pytest.approx(0.2) and curve.last["epoch"] is None
-    arguments = [f"x={tmp_path / 'theirs'}", f"y={tmp_path / 'theirs'}", "--out", str(tmp_path / "out")]
-    assert convergence.main([*arguments, "--tag", "eval/mAP"]) == 0
-    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
+    ours = write_run(tmp_path / "ours", [0.1, 0.3])
+    out = tmp_path / "out"
+    arguments = ["--out", str(out), "--tag", "val/AP", "--tag", "eval/mAP", f"x={theirs}"]
+    assert convergence.main([*arguments, str(ours)]) == 0
+    assert (out / "ap-epoch.png").exists()
+    assert "x is not in the chart ap-epoch: its runs share no step at which they know epochs" in warnings_of(capsys)
+    assert convergence.main([*arguments, f"y={theirs}"]) == 0
+    drawn = {path.name for path in out.glob("*.png")}
     assert drawn == {"ap-images.png", "ap-step.png", "ap-hours.png", "published.png"}  # they say no epochs
     with pytest.raises(InputError, match="x: expected seeds that say their epochs and end at the same"):
-        convergence.main([*arguments, "--tag", "eval/mAP", "--method", "x", "--schedules", "y"])
+        convergence.main([*arguments, f"y={theirs}", "--method", "x", "--schedules", "y"])
+    write_run(tmp_path / "lightning", [0.1, 0.2], epochs="trainer/epoch")
+    curve = read_curve(str(tmp_path / "lightning"), epoch_tags=["epoch", "trainer/epoch"])
+    assert curve.last["epoch"] == 2
+
+
+def test_runs_that_are_no_seeds_are_not_averaged(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name / "logs", [0.1, 0.2])
+    with pytest.raises(UsageError, match="all of them would be called logs; expected LABEL=FOLDER"):
+        lines_of([tmp_path / "a" / "logs", tmp_path / "b" / "logs"])
+    with pytest.raises(UsageError, match="logs: expected another folder for each seed; found .*a/logs more than once"):
+        lines_of([tmp_path / "a" / "logs", tmp_path / "a" / "logs"])
 
 
 def test_misuse(runs, tmp_path):

@@ -1,5 +1,6 @@
-"""Charts of convergence, for print and for the colour-blind: lines differ in colour, dash and label at their end."""
+"""Charts of convergence, for print and for the colour-blind: lines differ in colour, dash and the mark at their end."""
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,88 +21,105 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = "osD^vPX"
 NAMES = {"epoch": "epochs", "images": "images seen", "step": "optimizer steps", "hours": "hours"}
+ENDINGS = (".png", ".svg")
 
 Lines = Mapping[str, Sequence[Curve]]
 
+log = logging.getLogger("tenfold")
 
-def draw_curves(lines: Lines, axis: str, tag: str, path: Path) -> None:
-    """AP against one axis, linear and logarithmic, as PNG and SVG; nothing where no run knows that axis."""
-    lines = known(lines, axis, "AP")
+
+def draw_curves(lines: Lines, axis: str, name: str, path: Path) -> None:
+    """AP, as `name`, against one axis, linear and logarithmic, as PNG and SVG; nothing where no run knows that axis."""
+    lines = known(lines, axis, "AP", path)
     if not lines:
         return
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for panel in panels:
-        _draw(panel, lines, axis, "AP")
+        draw_lines(panel, lines, axis, "AP")
         panel.set_xlabel(NAMES[axis])
     _logarithmic(panels[1])
     panels[0].set_ylim(bottom=0)  # of both, once all lines are there
-    panels[0].set_ylabel(f"AP, percent ({tag})")
-    panels[0].legend(loc="lower right", fontsize=8, frameon=False)
+    panels[0].set_ylabel(f"AP, percent ({name})")
+    _legend(figure, panels[0])
     _save(figure, path)
 
 
 def draw_sizes(lines: Lines, path: Path) -> None:
     """AP of small, medium and large objects against epochs; nothing where no run has them."""
-    if lines := known(lines, "epoch", "APs"):
+    if lines := known(lines, "epoch", "APs", path):
         _save(figure_of_sizes(lines), path)
 
 
 def figure_of_sizes(lines: Lines) -> Figure:
-    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 4.6), sharey=True, layout="constrained")
     for panel, (name, key) in zip(panels, (("small", "APs"), ("medium", "APm"), ("large", "APl")), strict=True):
-        _draw(panel, lines, "epoch", key)
+        draw_lines(panel, lines, "epoch", key)
         panel.set(title=f"{name} objects", xlabel=NAMES["epoch"])
         _logarithmic(panel)
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("AP, percent")
-    panels[0].legend(loc="upper left", fontsize=8, frameon=False)
+    _legend(figure, panels[0])
     return figure
 
 
-def known(lines: Lines, axis: str, key: str) -> Lines:
-    """Those whose runs all have both."""
-    return {
-        label: curves
-        for label, curves in lines.items()
-        if all(any(None not in (p[axis], p[key]) for p in curve.points) for curve in curves)
-    }
+def known(lines: Lines, axis: str, key: str, path: Path) -> Lines:
+    """Those whose runs all have both, at a step that all of the label's runs share; a line for each of the others.
+
+    What an earlier call has drawn there is removed: the chart shows these runs, or it is not there.
+    """
+    found = {label: curves for label, curves in lines.items() if places(curves, axis, key)}
+    for label in lines.keys() - found.keys():
+        log.warning("%s is not in the chart %s: its runs share no step at which they know %s and %s", label, path.name,
+                    NAMES[axis], key)  # fmt: skip
+    if not found:
+        for ending in ENDINGS:
+            path.with_suffix(ending).unlink(missing_ok=True)
+    return found
 
 
-def draw_published(published: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
-    """Others' figures, in a chart of their own."""
-    figure, panel = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+def places(curves: Sequence[Curve], axis: str, key: str) -> list[tuple[float, list[float]]]:
+    """Of each place that all seeds have: where it is and their scores. In hours no two are at the same place: there it
+    is the mean of the hours at a step."""
+    by = "step" if axis == "hours" else axis
+    seeds = [{p[by]: p for p in curve.points if None not in (p[axis], p[key])} for curve in curves]
+    shared = sorted(place for place in set.intersection(*map(set, seeds)) if place is not None)
+    columns = [[seed[place] for seed in seeds] for place in shared]
+    return [
+        (statistics.mean(float(p[axis] or 0) for p in column), [float(p[key] or 0) for p in column])
+        for column in columns
+    ]
+
+
+def draw_published(published: Mapping[str, Sequence[tuple[int, float]]], sources: str, path: Path) -> None:
+    """Others' figures, in a chart of their own: of complete schedules, so that no line leads from one to the next."""
+    figure, panel = pyplot.subplots(figsize=(8, 4.4), layout="constrained")
     for i, (label, points) in enumerate(published.items()):
         epochs, aps = zip(*points, strict=True)
-        panel.plot(epochs, aps, color=COLOURS[i], linestyle=DASHES[i], marker=MARKERS[i], label=label)
-    panel.set(xscale="log", xlabel="epochs, logarithmic", ylabel="AP on COCO val2017, percent",
-              title="Published figures (ResNet-50), not measured here", xlim=(8, 800))  # fmt: skip
+        panel.plot(epochs, aps, color=COLOURS[i], linestyle="", marker=MARKERS[i], markersize=8, label=label)
+    panel.set(xscale="log", xlabel="epochs of a complete schedule, logarithmic",
+              ylabel="AP on COCO val2017, percent", xlim=(8, 800))  # fmt: skip
+    panel.set_title(f"Published figures (ResNet-50), not measured here\n{sources}", fontsize=10)
     panel.set_xticks([12, 50, 109, 500], labels=["12", "50", "109", "500"], minor=False)
     panel.minorticks_off()
-    panel.legend(loc="lower right", fontsize=8, frameon=False)
     panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     _save(figure, path)
 
 
-def _draw(panel: Axes, lines: Lines, axis: str, key: str) -> None:
+def draw_lines(panel: Axes, lines: Lines, axis: str, key: str) -> None:
     """The mean over seeds at the places that all have, and a band from the lowest to the highest."""
     for i, (label, curves) in enumerate(lines.items()):
-        seeds = [{p[axis]: p[key] for p in curve.points if None not in (p[axis], p[key])} for curve in curves]
-        if axis == "hours":  # no two runs are at the same place at the same time
-            places = [statistics.mean(column) for column in zip(*seeds, strict=False)]
-            columns = list(zip(*(seed.values() for seed in seeds), strict=False))
-        else:
-            places = sorted(set.intersection(*map(set, seeds)))
-            columns = [tuple(seed[place] for seed in seeds) for place in places]
-        if not places:
+        found = places(curves, axis, key)
+        if not found:  # no object of that size
             continue
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dash(i)}
-        means = [100 * statistics.mean(column) for column in columns]
-        name = label if len(curves) == 1 else f"{label}, {len(curves)} seeds"
-        panel.plot(places, means, **style, linewidth=1.6, label=name)
-        panel.plot(places[-1:], means[-1:], color=style["color"], marker=MARKERS[i % len(MARKERS)])
+        where, columns = zip(*found, strict=True)
+        colour = COLOURS[i % len(COLOURS)]
+        panel.plot(where, [100 * statistics.mean(column) for column in columns], color=colour, linestyle=dash(i),
+                   linewidth=1.6, marker=MARKERS[i % len(MARKERS)], markevery=[-1],
+                   label=label if len(curves) == 1 else f"{label}, {len(curves)} seeds")  # fmt: skip
         if len(curves) > 1:
             low, high = ([100 * extreme(column) for column in columns] for extreme in (min, max))
-            panel.fill_between(places, low, high, color=style["color"], alpha=0.18, linewidth=0)
+            panel.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0)
     panel.grid(alpha=0.3)
 
 
@@ -110,15 +128,21 @@ def dash(line: int) -> Any:
     return DASHES[(line + line // len(COLOURS)) % len(DASHES)]
 
 
+def _legend(figure: Figure, panel: Axes) -> None:
+    """One for all panels, below them, where no line runs under it."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
+
+
 def _logarithmic(panel: Axes) -> None:
     panel.set(xscale="log", xlabel=f"{panel.get_xlabel()}, logarithmic")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 4, 8)))
     panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for ending in ("png", "svg"):
-        figure.savefig(path.with_suffix(f".{ending}"), dpi=130)
+    for ending in ENDINGS:
+        figure.savefig(path.with_suffix(ending), dpi=130)
     pyplot.close(figure)

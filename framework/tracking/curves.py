@@ -8,21 +8,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
+
 from framework.errors import InputError, UsageError
 from framework.tracking.events import Scalars, read_scalars
 
 log = logging.getLogger("tenfold")
 
+Point = dict[str, float | None]
+
 
 @dataclass(frozen=True)
 class Curve:
-    """One run. points: of each evaluation step, epoch, images, hours, AP, APs, APm, APl; None where nothing says so."""
+    """One run. points: of each evaluation step, epoch, images, hours, AP, APs, APm, APl; None where nothing says so.
+
+    APs are 0 to 1. common: what compared runs have to have in common, by name; None where nothing says it. cut: why
+    this is no complete schedule, as far as its files tell.
+    """
 
     label: str
     folder: str
-    points: list[dict[str, float | None]]
+    points: list[Point]
     drop_epoch: float | None  # of the learning rate, the first time
-    fingerprint: str | None  # of the training data
+    common: dict[str, str | None]
+    cut: str | None
 
     def first(self, axis: str, ap: float) -> float | None:
         """Where AP is first at least so high; None: nowhere, or nothing says where."""
@@ -33,12 +42,12 @@ class Curve:
         return max(float(p["AP"] or 0) for p in self.points)
 
     @property
-    def last(self) -> dict[str, float | None]:
+    def last(self) -> Point:
         return self.points[-1]
 
 
-def read_curve(text: str, tag: str) -> Curve | None:
-    """A run, or None with a line that says why it cannot be drawn."""
+def read_curve(text: str, tags: Sequence[str] = ("val/AP",), epoch_tags: Sequence[str] = ("epoch",)) -> Curve | None:
+    """A run, [LABEL=]FOLDER, by the first of the tags that it has; or None, with a line that says why."""
     label, separator, path = ("", "", "") if Path(text).is_dir() else text.partition("=")
     folder = Path(path if separator else text)
     label = label if separator else folder.name.rpartition("-seed")[0] or folder.name
@@ -47,34 +56,56 @@ def read_curve(text: str, tag: str) -> Curve | None:
     except (InputError, UsageError) as error:
         log.warning("%s is left out: %s", label, error)
         return None
-    values = scalars.values.get(tag, {})
+    tag = first_of(tags, scalars)
+    if tag is None:
+        log.warning("%s is left out: %s: no %s (--tag) in it, only %s", label, folder, " or ".join(tags),
+                    ", ".join(scalars.values)[:200])  # fmt: skip
+        return None
+    values = scalars.values[tag]
     finite = {step: ap for step, ap in values.items() if math.isfinite(ap) and ap >= 0}
     if not finite:
-        others = ", ".join(scalars.values)[:200]
-        why = f"{tag} is NaN or -1 at all of its steps" if values else f"no {tag} (--tag) in it, only {others}"
-        log.warning("%s is left out: %s: %s", label, folder, why)
+        log.warning("%s is left out: %s: %s is NaN or -1 at all of its steps", label, folder, tag)
         return None
     if len(finite) < len(values):
         log.warning("%s: %s is NaN or -1 at %d of its %d steps, which are passed over", label, tag,
                     len(values) - len(finite), len(values))  # fmt: skip
     if repeated := sorted(scalars.repeated.get(tag, ())):
         log.warning("%s: steps from %d on stand there more than once; the later values count", label, repeated[0])
-    points = [point_of(step, ap, scalars, tag) for step, ap in finite.items()]
+    unit = 1.0
+    if max(finite.values()) > 1:
+        unit = 100.0
+        log.warning("%s: %s goes up to %g, so that it is taken as percent", label, tag, max(finite.values()))
+    epoch_tag = first_of(epoch_tags, scalars)
+    points = [point_of(step, scalars, tag, unit, epoch_tag) for step in finite]
     say_gaps(label, points)
-    return Curve(label, str(folder), points, drop_epoch(scalars), fingerprint_of(folder))
+    config = config_of(folder)
+    cut = cut_of(config, points) if max(values) in finite else "its last evaluation has no AP"
+    return Curve(label, str(folder), points, drop_epoch(scalars, epoch_tag), common_of(folder, config), cut)
 
 
-def point_of(step: int, ap: float, scalars: Scalars, tag: str) -> dict[str, float | None]:
+def first_of(tags: Sequence[str], scalars: Scalars) -> str | None:
+    return next((tag for tag in tags if scalars.values.get(tag)), None)
+
+
+def point_of(step: int, scalars: Scalars, tag: str, unit: float, epoch_tag: str | None) -> Point:
+    """unit: what stands there for an AP of 1."""
+
     def at(name: str) -> float | None:
         value = scalars.values.get(name, {}).get(step)
         return value if value is not None and math.isfinite(value) and value >= 0 else None
 
-    sizes = {f"AP{size}": at(f"{tag}{size}") for size in "sml"}  # COCO says -1 where no object has that size
-    where = {"step": float(step), "epoch": at("epoch"), "images": at("images_seen"), "hours": scalars.hours.get(step)}
-    return where | {"AP": ap} | sizes
+    aps = {f"AP{size}": at(f"{tag}{size}") for size in ("", *"sml")}  # COCO says -1 where no object has that size
+    scores = {name: None if ap is None else ap / unit for name, ap in aps.items()}
+    epoch = None if epoch_tag is None else at_or_before(step, scalars.values[epoch_tag])
+    return {"step": float(step), "epoch": epoch, "images": at("images_seen"), "hours": scalars.hours[step]} | scores
 
 
-def say_gaps(label: str, points: Sequence[dict[str, float | None]]) -> None:
+def at_or_before(step: int, values: dict[int, float]) -> float | None:
+    """Others log epochs at steps of training, between which they evaluate."""
+    return next((value for at, value in reversed(values.items()) if at <= step), None)
+
+
+def say_gaps(label: str, points: Sequence[Point]) -> None:
     steps = [float(p["step"] or 0) for p in points]
     between = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
     usual = statistics.median(between) if between else 0
@@ -84,23 +115,51 @@ def say_gaps(label: str, points: Sequence[dict[str, float | None]]) -> None:
                         earlier + gap, usual)  # fmt: skip
 
 
-def drop_epoch(scalars: Scalars) -> float | None:
+def drop_epoch(scalars: Scalars, epoch_tag: str | None) -> float | None:
     """Where the learning rate first falls to less than half."""
-    rates, epochs = scalars.values.get("lr/rest", {}), scalars.values.get("epoch", {})
+    rates = scalars.values.get("lr/rest", {})
     steps = list(rates)
     for earlier, later in zip(steps, steps[1:], strict=False):
         if rates[later] < rates[earlier] / 2:
-            return epochs.get(earlier)
+            return None if epoch_tag is None else scalars.values[epoch_tag].get(earlier)
     return None
 
 
-def fingerprint_of(folder: Path) -> str | None:
+def config_of(folder: Path) -> DictConfig:
+    """A run's own configuration; empty where there is none that can be read."""
+    for place in (folder, folder.parent):
+        if (file := place / "config.yaml").is_file():
+            try:
+                found = OmegaConf.load(file)
+            except Exception as error:  # of another program's file, whatever it is
+                log.warning("%s cannot be read: %s", file, error)
+                break
+            return found if isinstance(found, DictConfig) else OmegaConf.create()
+    return OmegaConf.create()
+
+
+def cut_of(config: DictConfig, points: Sequence[Point]) -> str | None:
+    epochs, end = OmegaConf.select(config, "train.epochs"), points[-1]["epoch"]
+    if isinstance(epochs, int) and end is not None and end < epochs:
+        return f"it ended at epoch {end:g} of {epochs}"
+    return None
+
+
+def common_of(folder: Path, config: DictConfig) -> dict[str, str | None]:
+    found = environment_of(folder)
+    data = {f"data.{split}": found.get(key) for split, key in (("train", "fingerprint"), ("val", "val_fingerprint"))}
+    evaluation = OmegaConf.select(config, "eval")
+    known = isinstance(evaluation, DictConfig) and "image_side" in evaluation
+    return data | {"eval.image_side": str(evaluation.image_side) if known else None}
+
+
+def environment_of(folder: Path) -> dict[str, str]:
     for place in (folder, folder.parent):
         if (file := place / "environment.json").is_file():
             try:
-                found = json.loads(file.read_text())["fingerprint"]
-            except (ValueError, KeyError, TypeError):
+                found = json.loads(file.read_text())
+                return {key: value for key, value in found.items() if isinstance(value, str)}
+            except (ValueError, AttributeError):
                 log.warning("%s does not say which data the run was trained on", file)
-                return None
-            return found if isinstance(found, str) else None
-    return None
+                break
+    return {}

@@ -20,7 +20,7 @@ from framework.files import by_numbers
 class Scalars:
     """What the event files of a run say: tag -> step -> value, steps in their order.
 
-    hours: step -> hours spent since the run began, without the time between its sessions. repeated: tag -> steps that
+    hours: step -> hours spent since the run began, without the time when nothing wrote. repeated: tag -> steps that
     it was written at again, where no session said that it goes back.
     """
 
@@ -43,11 +43,11 @@ def read_scalars(folder: str | Path) -> Scalars:
     if not paths:
         raise UsageError(f"{folder}: found no event file (*tfevents*) in it, expected a run folder or TensorBoard's")
     merged = Scalars()
-    spent = 0.0
+    times: dict[int, float] = {}
+    spans: list[tuple[float, float]] = []  # of each file, from its first event to its last number
     for path in paths:
-        first_time, last_time, events = None, 0.0, 0
+        first_time = last_time = None
         for event in _events(path):
-            events += 1
             if event.HasField("session_log") and event.session_log.status == SessionLog.START:
                 _forget_from(merged, event.step)
             if first_time is None:
@@ -59,15 +59,27 @@ def read_scalars(folder: str | Path) -> Scalars:
                     if event.step in steps:
                         merged.repeated.setdefault(value.tag, set()).add(event.step)
                     steps[event.step] = number
-                    last_time = event.wall_time
-                    merged.hours[event.step] = (spent + last_time - first_time) / 3600
-        if not events:
+                    times[event.step] = last_time = event.wall_time
+        if first_time is None:
             raise InputError(f"{path}: not an event file of TensorBoard, or cut off in its first record")
-        if last_time and first_time:
-            spent += last_time - first_time
+        if last_time is not None:
+            spans.append((first_time, last_time))
+    merged.hours = _hours(times, spans)
     for tag, steps in merged.values.items():
         merged.values[tag] = dict(sorted(steps.items()))
     return merged
+
+
+def _hours(times: dict[int, float], spans: list[tuple[float, float]]) -> dict[int, float]:
+    """Of each step, in hours: how much of the spans lies before it. Where they overlap, it counts once: some write
+    training and validation into two files at once."""
+    apart: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if apart and begin <= apart[-1][1]:
+            apart[-1] = (apart[-1][0], max(end, apart[-1][1]))
+        else:
+            apart.append((begin, end))
+    return {step: sum(max(0.0, min(end, time) - begin) for begin, end in apart) / 3600 for step, time in times.items()}
 
 
 def _forget_from(scalars: Scalars, step: int) -> None:
