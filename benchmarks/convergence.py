@@ -108,8 +108,8 @@ SIZES = {
         chosen={"deformable": 4e-4, "detr-dc5": 2e-4}, jobs=len(os.sched_getaffinity(0)),
     ),
     "gpu": Size(
-        drawn=("--images", "3000", "--val", "400", "--size", "192", "--zoom", "1.5"),
-        epochs=10, times=(10, 5, 1, 2.5), rates={"detr-dc5": (1e-4, 2e-4, 5e-5), "deformable": (1e-4, 2e-4, 4e-4)},
+        drawn=("--images", "10000", "--val", "500", "--size", "192", "--zoom", "1.5"),
+        epochs=4, times=(10, 5, 1, 2.5), rates={"detr-dc5": (1e-4, 2e-4, 5e-5), "deformable": (1e-4, 2e-4, 4e-4)},
         chosen={"deformable": 2e-4, "detr-dc5": 1e-4}, jobs=4,
     ),
 }  # fmt: skip

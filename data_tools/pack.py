@@ -5,16 +5,13 @@
 A conversion that was killed goes on: a shard whose note fits its job and whose bytes fit the note is kept.
 """
 
-import gc
 import hashlib
 import json
 import multiprocessing
 import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from data_tools.shards import WrittenShard, sample_bytes, shard_bounds, shard_na
 from data_tools.spill import Samples
 from framework.errors import InputError
 from framework.files import sha256_of, sync
-from framework.processes import die_with_parent
+from framework.processes import worker_pool
 
 TOLD_EVERY_S = 0.5
 NOTE = ".note.json"  # ends the name of what tells that a shard is finished
@@ -90,11 +87,7 @@ def pack_all(jobs: Sequence[Job], workers: int, done: Callable[[int], Any]) -> l
         return [pack(job, lambda: done(1)) for job in jobs]
     counter = multiprocessing.get_context("fork").Value("Q", 0)
     told = 0
-    gc.collect()
-    gc.freeze()  # a collection in a worker would copy the pages of all jobs
-    start = (jobs, counter, os.getpid())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, start)
-    try:
+    with worker_pool(workers, "reads images", _start_worker, jobs, counter) as pool:
         futures: list[Future[Packed]] = [pool.submit(_pack_numbered, n) for n in range(len(jobs))]
         waiting = set(futures)
         while waiting:
@@ -105,14 +98,6 @@ def pack_all(jobs: Sequence[Job], workers: int, done: Callable[[int], Any]) -> l
             for future in finished:
                 future.result()  # its error ends all of it, now
         return [future.result() for future in futures]
-    except BrokenProcessPool as error:
-        raise ChildProcessError("a process that reads images was killed (is there too little memory? fewer --workers "
-                                "take less)") from error  # fmt: skip
-    finally:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
-        gc.unfreeze()
 
 
 def pack(job: Job, done: Callable[[], Any]) -> Packed:
@@ -197,11 +182,9 @@ _jobs: Sequence[Job] = ()
 _count: Any = None
 
 
-def _start_worker(jobs: Sequence[Job], counter: Any, parent: int) -> None:
+def _start_worker(jobs: Sequence[Job], counter: Any) -> None:
     global _jobs, _count
     _jobs, _count = jobs, counter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
-    die_with_parent(parent)
 
 
 def _pack_numbered(number: int) -> Packed:

@@ -1,8 +1,8 @@
 """Draw a detection set in COCO format: textured shapes that cover one another, on textured ground.
 
-An image is drawn from (seed, train or val, number) alone: the same arguments give the same bytes (with the same
-numpy and Pillow; with AVX-512 one image in 60 differs in a few pixels), more images extend a set, and no training
-image is ever a validation image.
+An image is drawn from (seed, train or val, number) alone: the same arguments give the same bytes in any number of
+processes (with the same numpy and Pillow; with AVX-512 one image in 60 differs in a few pixels), more images extend
+a set, and no training image is ever a validation image.
 
     ground -> lines, grey shapes, pale blobs (no class) -> 1 to 20 objects, each over the earlier ones
 
@@ -12,7 +12,9 @@ and areas are of what is visible. Legend: u, v are coordinates of an object, its
 
 import argparse
 import colorsys
+import functools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from PIL import Image, ImageDraw
 from data_tools.commit import commit, is_free, partial_folder
 from data_tools.sample import SPLITS
 from framework.errors import UsageError, command
+from framework.processes import worker_pool
 from framework.tracking.console import progress, setup_logging, write_json
 
 EXAMPLE = """example:
@@ -211,10 +214,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--zoom", type=float, default=1.0,
         help="objects so many times COCO's size relative to the image, for small images (1)",
     )  # fmt: skip
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes that draw ({cores})")
     args = parser.parse_args(argv)
     args.val = max(1, args.images // 5) if args.val is None else args.val
     limits = (("images", 1, 10**9), ("val", 1, 10**9), ("size", 64, 4096), ("classes", 1, len(CLASSES)),
-              ("seed", 0, 2**63), ("zoom", 1, 2.5))  # fmt: skip
+              ("seed", 0, 2**63), ("zoom", 1, 2.5), ("workers", 1, 1024))  # fmt: skip
     for name, low, high in limits:
         if not low <= getattr(args, name) <= high:
             raise UsageError(f"--{name} {getattr(args, name)}: expected {low} to {high}")
@@ -238,21 +243,33 @@ def draw_split(
     categories = [{"id": n, "name": kind.name} for n, kind in enumerate(CLASSES[: args.classes], 1)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number in range(count):
-        rng = np.random.default_rng([args.seed, SPLITS.index(split), number])
-        pixels, objects = draw_image(rng, args.size, args.classes, args.zoom)
-        image_id, name = first_id + number, f"{first_id + number:012d}.jpg"
-        # 4:4:4: halved chroma would wash out the hue of what is 8 px wide.
-        Image.fromarray(pixels).save(folder / name, quality=92, subsampling=0)
-        images.append({"id": image_id, "file_name": name, "width": args.size, "height": args.size})
-        annotations += [
-            {"id": len(annotations) + n, "image_id": image_id, "category_id": one.label + 1, "bbox": one.box_xywh_px,
-             "area": one.area_px, "iscrowd": 0, "segmentation": [], "hidden": round(one.hidden, 3)}
-            for n, one in enumerate(objects, 1)
-        ]  # fmt: skip
-        drawn()
+    write = functools.partial(write_image, folder, split, first_id, args)
+    with worker_pool(args.workers, "draws images") as pool:
+        for number, objects in enumerate(pool.map(write, range(count), chunksize=16)):
+            image_id = first_id + number
+            images.append({"id": image_id, "file_name": name_of(image_id), "width": args.size, "height": args.size})
+            annotations += [
+                {"id": len(annotations) + n, "image_id": image_id, "category_id": one.label + 1,
+                 "bbox": one.box_xywh_px, "area": one.area_px, "iscrowd": 0, "segmentation": [],
+                 "hidden": round(one.hidden, 3)}
+                for n, one in enumerate(objects, 1)
+            ]  # fmt: skip
+            drawn()
     info = {"description": f"textured shapes drawn by data_tools.synth, seed {args.seed}, {split}"}
     return {"info": info, "images": images, "annotations": annotations, "categories": categories}
+
+
+def name_of(image_id: int) -> str:
+    return f"{image_id:012d}.jpg"
+
+
+def write_image(folder: Path, split: str, first_id: int, args: argparse.Namespace, number: int) -> list[Drawn]:
+    """Draw image `number` of a split and write it; returns what can be seen on it."""
+    rng = np.random.default_rng([args.seed, SPLITS.index(split), number])
+    pixels, objects = draw_image(rng, args.size, args.classes, args.zoom)
+    # 4:4:4: halved chroma would wash out the hue of what is 8 px wide.
+    Image.fromarray(pixels).save(folder / name_of(first_id + number), quality=92, subsampling=0)
+    return objects
 
 
 def draw_image(rng: np.random.Generator, side: int, num_classes: int, zoom: float = 1.0) -> tuple[Array, list[Drawn]]:

@@ -1,8 +1,15 @@
 """What processes of one command owe each other."""
 
+import contextlib
 import ctypes
+import gc
+import multiprocessing
 import os
 import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
@@ -15,3 +22,37 @@ def die_with_parent(parent: int) -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before
             os._exit(1)
+
+
+@contextlib.contextmanager
+def worker_pool(
+    workers: int, work: str, start: Callable[..., None] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """Forked processes for what is submitted; start(*arguments) is called in each of them first.
+
+    They end with the block, whatever ends it, and with this process. Ctrl-C is left to this one.
+
+    Raises ChildProcessError: one of them was killed. `work`: what they do, for the message.
+    """
+    gc.collect()
+    gc.freeze()  # a collection in a worker would copy the pages of all that is here
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), _begin_work, (os.getpid(), start, arguments)
+    )
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise ChildProcessError(f"a process that {work} was killed (is there too little memory? fewer --workers take "
+                                "less)") from error  # fmt: skip
+    finally:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+        gc.unfreeze()
+
+
+def _begin_work(parent: int, start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches all of them; the first process ends the others
+    die_with_parent(parent)
+    if start is not None:
+        start(*arguments)

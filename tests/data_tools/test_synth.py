@@ -1,6 +1,8 @@
 """Drawn sets are what the description promises, measured on what was drawn, and the same every time."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -94,7 +96,7 @@ def test_grounds_and_distractors_are_pale():
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path):
     arguments = ("--images", "4", "--val", "2", "--seed", "3")
-    one, two = (content(draw(tmp_path / name, *arguments)) for name in ("one", "two"))
+    one, two = (content(draw(tmp_path / n, *arguments, "--workers", n)) for n in ("1", "2"))
     assert one == two
     other = content(draw(tmp_path / "other", "--images", "4", "--val", "2", "--seed", "4"))
     assert one["images/000000000001.jpg"] != other["images/000000000001.jpg"]
@@ -140,7 +142,16 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--images", "0"), ("--val", "0"), ("--size", "8"), ("--classes", "99")])
+def test_a_process_that_is_killed_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(synth, "draw_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ChildProcessError, match="a process that draws images was killed"):
+        draw(tmp_path / "set", "--images", "2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--workers", "0"), ("--images", "0"), ("--val", "0"), ("--size", "8"), ("--classes", "99")]
+)
 def test_impossible_values_are_refused(tmp_path, flag, value):
     with pytest.raises(UsageError, match=f"{flag} {value}: expected 1 to|{flag} {value}: expected 64 to"):
         draw(tmp_path / "set", "--images", "2", flag, value)
