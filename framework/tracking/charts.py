@@ -16,10 +16,10 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter  # n
 
 from framework.tracking.curves import Curve  # noqa: E402
 
-# Okabe and Ito 2008, without the yellow that paper swallows.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-MARKERS = "osD^vPX"
+# Okabe and Ito 2008, without the yellow that paper swallows; then Tol's wine, and grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#882255", "#808080")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (2, 2)))
+MARKERS = "osD^vPXh<"
 NAMES = {"epoch": "epochs", "images": "images seen", "step": "optimizer steps", "hours": "hours"}
 ENDINGS = (".png", ".svg")
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 import torch
@@ -92,6 +93,54 @@ def test_the_docs_quote_the_recorded_runs():
         run = json.loads(path.read_text())
         title = experiment.MODELS[run["model"]].title
         assert f"| {title} | {run['epochs']} | {run['seed']} | {100 * run['AP']:.1f} |" in text
+
+
+def test_docs_and_readme_quote_the_report():
+    """Means by size, the protocol's words, epochs to shares of the baseline's best, the set, hours on a GPU."""
+    recorded = ROOT / "docs/results/convergence/cpu"
+    text = " ".join((ROOT / "docs/convergence.md").read_text().split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    report = json.loads((recorded / "convergence.json").read_text())
+    protocol = report["protocol"]
+    assert f"**{protocol['in words']}**" in text and protocol["in words"] in readme
+    aps = ", ".join(f"{100 * row['AP']:.1f}" for row in protocol["schedules"])
+    epochs = ", ".join(f"{row['epochs']:g}" for row in protocol["schedules"])
+    for quoted in (text, readme):
+        assert f"AP {100 * protocol['AP']:.1f} after {protocol['epochs']:g} epochs" in quoted
+        assert f"{aps} after complete schedules of {epochs}" in quoted
+
+    runs: dict[str, list] = {}
+    for run in report["runs"]:
+        runs.setdefault(run["label"], []).append(run["points"][-1])
+    for label, ends in runs.items():
+        means = " | ".join(f"{100 * mean(end[key] for end in ends):.1f}" for key in ("AP", "APs", "APm", "APl"))
+        assert f"| {label} | {len(ends)} | {means} |" in text
+
+    method, baseline = protocol["method"], protocol["schedules"][-1]["label"]
+    rows = {(row["share"], row["label"]): row for row in report["milestones"]}
+    for share in (0.5, 0.75, 0.9, 1.0):
+        ours, theirs = rows[share, method], rows[share, baseline]
+        cells = [shown(ours["epoch"]), shown(theirs["epoch"]), shown(ours["epoch, times sooner"])]
+        assert f"| {share:.0%} | {100 * ours['AP']:.1f} | {' | '.join(cells)} |" in text
+
+    drawn = json.loads((recorded / "set.json").read_text())["composition"]["train"]
+    sizes = ", ".join(f"{100 * drawn[size]:.0f} % {size}" for size in ("small", "medium", "large"))
+    assert f"{sizes}; {drawn['objects_per_image']} an image" in text
+    assert f"({100 * drawn['covered']:.0f} % are partly covered)" in text
+
+    steps = json.loads((ROOT / "docs/results/gpu-train-step.json").read_text())
+    for title, words in (("coco_r50_deformable, 800 x 1066, bf16, batch 2", "base"),
+                         ("coco_r50_deformable_two_stage, 800 x 1066, bf16, batch 4", "two-stage")):  # fmt: skip
+        rate = steps[title]["images/s"]
+        assert f"{words} model, {rate:.1f} images/s" in text
+        assert f"{50 * 118_287 / rate / 3600:.0f}" in text[text.index(f"{words} model, {rate:.1f} images/s") :][:90]
+
+
+def shown(spread: list[float] | None) -> str:
+    if spread is None:
+        return "not reached"
+    low, middle, high = (f"{number:.3g}" for number in spread)
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def test_longer_schedules_count_once_all_seeds_have_theirs(tmp_path, monkeypatch):
