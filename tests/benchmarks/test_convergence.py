@@ -123,6 +123,15 @@ def test_docs_and_readme_quote_the_report():
         cells = [shown(ours["epoch"]), shown(theirs["epoch"]), shown(ours["epoch, times sooner"])]
         assert f"| {share:.0%} | {100 * ours['AP']:.1f} | {' | '.join(cells)} |" in text
 
+    equal = json.loads((recorded / "tables.json").read_text())["the same seed twice"]["runs"]
+    assert all(row["equal"] for row in equal) and "equal to the last bit" in text
+    ours, theirs = (mean([row["hours"], row["hours, again"]]) for row in equal)
+    assert [row["model"] for row in equal] == ["Deformable DETR", "DETR-DC5"]
+    assert f"takes {ours:.3f} hours for its 4 epochs, DETR-DC5 {theirs:.3f}." in text
+    assert f"DETR-DC5 are {20 * theirs:.2f} hours, **{20 * theirs / ours:.1f} times**" in text
+    assert f"do not suffice, {10 * theirs / ours:.1f} times" in text and f"costs {theirs / ours:.2f} of one" in text
+    assert f"the {600 * theirs:.0f} minutes of its longer run" in text
+
     drawn = json.loads((recorded / "set.json").read_text())["composition"]["train"]
     sizes = ", ".join(f"{100 * drawn[size]:.0f} % {size}" for size in ("small", "medium", "large"))
     assert f"{sizes}; {drawn['objects_per_image']} an image" in text
