@@ -343,8 +343,8 @@ class Experiment:
         if seen != found:
             raise UsageError(
                 f"{folder.relative_to(ROOT)}: trained on a set with fingerprint {seen}, and {shards} has {found}: they "
-                "cannot be compared. Another numpy, Pillow or source of the set makes another one: restore it, or "
-                "remove the folder")  # fmt: skip
+                f"cannot be compared. Remove {shards.parent}, so that the set is made again; if it still differs, its "
+                "source does, or another numpy or Pillow makes another one")  # fmt: skip
 
     def start(self, run: Run, settings: list[str], cores: set[int]) -> "subprocess.Popen[bytes]":
         """On cores of its own: two runs that share some wait for each other many times a step.

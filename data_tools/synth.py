@@ -245,7 +245,7 @@ def draw_split(
     annotations: list[dict[str, Any]] = []
     write = functools.partial(write_image, folder, split, first_id, args)
     with worker_pool(args.workers, "draws images") as pool:
-        for number, objects in enumerate(pool.map(write, range(count), chunksize=16)):
+        for number, objects in enumerate(pool.map(write, range(count))):
             image_id = first_id + number
             images.append({"id": image_id, "file_name": name_of(image_id), "width": args.size, "height": args.size})
             annotations += [

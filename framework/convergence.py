@@ -46,32 +46,37 @@ def main(argv: list[str] | None = None) -> int:
     draw_sizes(lines, out / "sizes")
     draw_published(PUBLISHED, SOURCES, out / "published")
     write_layout(out, args.tag)
-    result = compared(lines, args)  # refuses what cannot be compared by epochs; the charts are there
-    write_json(out / "convergence.json", result)
-    (out / "convergence.md").write_text(markdown(lines, result))
+    result = compared(lines, args)
+    try:
+        if args.method:
+            result["protocol"] = protocol(lines[args.method], [lines[label] for label in args.schedules])
+    finally:  # what can be compared, also where the protocol cannot
+        write_json(out / "convergence.json", result)
+        (out / "convergence.md").write_text(markdown(lines, result))
     print(markdown(lines, result))
     log.info("charts, table and JSON are in %s", out)
     return 0
 
 
 def read_lines(args: argparse.Namespace) -> dict[str, list[Curve]]:
-    """The curves of each label that can be compared."""
+    """The curves of each label that can be compared, among them those of the labels that the flags name."""
     curves = comparable([curve for text in args.runs if (curve := read_curve(text, args.tag, args.epoch_tag))])
     if not curves:
         raise InputError("no run is left to draw; the lines above say why")
-    return by_label(curves)
+    lines = by_label(curves)
+    labels = {"--baseline": [args.baseline], "--method": [args.method], "--schedules": args.schedules}
+    for flag, label in ((flag, label) for flag, named in labels.items() for label in named):
+        if label is not None and label not in lines:
+            raise UsageError(f"{flag} {label}: expected one of {', '.join(lines)}")
+    return lines
 
 
 def compared(lines: dict[str, list[Curve]], args: argparse.Namespace) -> dict[str, Any]:
-    """The result as JSON takes it."""
+    """The result as JSON takes it, without the protocol."""
     runs = [vars(curve) for curves in lines.values() for curve in curves]
-    result: dict[str, Any] = {"tags": args.tag, "runs": runs}
-    if args.baseline:
-        result["milestones"] = milestones(lines, of(args.baseline, "--baseline", lines))
-    if args.method:
-        schedules = [of(label, "--schedules", lines) for label in args.schedules]
-        result["protocol"] = protocol(lines[of(args.method, "--method", lines)], [lines[label] for label in schedules])
-    return result
+    return {"tags": args.tag, "runs": runs} | (
+        {"milestones": milestones(lines, args.baseline)} if args.baseline else {}
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -121,16 +126,11 @@ def by_label(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
         folders = [Path(curve.folder).resolve() for curve in seeds]
         if twice := [str(folder) for folder, count in Counter(folders).items() if count > 1]:
             raise UsageError(f"{label}: expected another folder for each seed; found {', '.join(twice)} more than once")
-        if len(seeds) > 1 and all(folder.name == label for folder in folders):
+        unnamed = [curve for curve in seeds if not curve.named and Path(curve.folder).name == label]
+        if unnamed and len(seeds) > 1:
             raise UsageError(f"{', '.join(curve.folder for curve in seeds)}: all of them would be called {label}; "
                              "expected LABEL=FOLDER, or names that end in -seedN for seeds of one line")  # fmt: skip
     return lines
-
-
-def of(label: str, flag: str, lines: dict[str, list[Curve]]) -> str:
-    if label not in lines:
-        raise UsageError(f"{flag} {label}: expected one of {', '.join(lines)}")
-    return label
 
 
 def milestones(lines: dict[str, list[Curve]], baseline: str) -> list[dict[str, Any]]:
@@ -181,11 +181,11 @@ def protocol(method: list[Curve], schedules: list[list[Curve]]) -> dict[str, Any
     if not valid:
         words = "the baseline has not converged: no ratio"
     elif ratio is None:
-        words = f"> {table[-1]['times']:.3g} times as many, not reached"
+        words = f"> {table[-1]['times']:.3g} times as many epochs, not reached"
     elif shorter:
-        words = f"{ratio:.3g} times as many ({shorter[-1]:.3g} times do not suffice)"
+        words = f"more than {shorter[-1]:.3g}, at most {ratio:.3g} times as many epochs"
     else:
-        words = f"at most {ratio:.3g} times as many (no shorter schedule is there)"
+        words = f"at most {ratio:.3g} times as many epochs (no shorter schedule is there)"
     seeds = min(len(curves) for curves in (method, *schedules))
     if seeds < SEEDS:
         words += f"; preliminary, with {seeds} of {SEEDS} seeds"
@@ -228,10 +228,11 @@ def gain_before_drop(curve: Curve) -> float | None:
 
 
 def markdown(lines: dict[str, list[Curve]], result: dict[str, Any]) -> str:
-    def shown(numbers: list[float] | None) -> str:
-        if numbers is None:
-            return "not reached"
-        low, middle, high = (f"{number:.3g}" for number in numbers)
+    def shown(row: dict[str, Any], axis: str, what: str = "") -> str:
+        if row[axis + what] is None:
+            unknown = any(None in (curve.first(axis, 0), curve.last[axis]) for curve in lines[row["label"]])
+            return "unknown" if unknown else "not reached"
+        low, middle, high = (f"{number:.3g}" for number in row[axis + what])
         return middle if low == high else f"{middle} ({low} to {high})"
 
     def percent(value: float | None) -> str:
@@ -254,8 +255,9 @@ def markdown(lines: dict[str, list[Curve]], result: dict[str, Any]) -> str:
     if rows := result.get("milestones"):
         text += ["", "| share of the baseline's best | AP | run | epochs | times sooner | hours | times sooner |",
                  "|--:|--:|---|--:|--:|--:|--:|"]  # fmt: skip
-        text += [f"| {row['share']:.0%} | {percent(row['AP'])} | {row['label']} | {shown(row['epoch'])} | "
-                 f"{shown(row['epoch, times sooner'])} | {shown(row['hours'])} | {shown(row['hours, times sooner'])} |"
+        sooner = ", times sooner"
+        text += [f"| {row['share']:.0%} | {percent(row['AP'])} | {row['label']} | {shown(row, 'epoch')} | "
+                 f"{shown(row, 'epoch', sooner)} | {shown(row, 'hours')} | {shown(row, 'hours', sooner)} |"
                  for row in rows]  # fmt: skip
     return "\n".join(text) + "\n"
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 
 import pytest
@@ -54,32 +55,38 @@ def run(runs, *flags):
     return convergence.compared(convergence.read_lines(arguments), arguments)
 
 
+def by_protocol(runs, method, *schedules):
+    arguments = convergence.parse([*map(str, sorted(runs.glob("*-seed*"))), "--out", "unused"])
+    lines = convergence.read_lines(arguments)
+    return convergence.protocol(lines[method], [lines[label] for label in schedules])
+
+
 PROTOCOL = ("--method", "fast", "--schedules", "slow40", "slow4", "slow20")
 
 
 def test_ratio_of_the_protocol(runs, tmp_path):
-    found = run(runs, *PROTOCOL)["protocol"]
+    found = by_protocol(runs, "fast", "slow40", "slow4", "slow20")
     assert [(row["label"], row["times"]) for row in found["schedules"]] == [("slow4", 1), ("slow20", 5), ("slow40", 10)]
     assert (found["ratio"], found["valid"]) == (10, True)
-    assert found["in words"] == "10 times as many (5 times do not suffice); preliminary, with 2 of 3 seeds"
-    alone = run(runs, "--method", "fast", "--schedules", "slow40")["protocol"]
-    assert alone["in words"].startswith("at most 10 times as many (no shorter schedule is there)")
+    assert found["in words"] == "more than 5, at most 10 times as many epochs; preliminary, with 2 of 3 seeds"
+    alone = by_protocol(runs, "fast", "slow40")
+    assert alone["in words"].startswith("at most 10 times as many epochs (no shorter schedule is there)")
     for name, epochs in (("fast", 4), ("slow40", 40)):
         write_run(tmp_path / f"{name}-seed3", [0.41] * epochs, drop=3)
-    whole = run(runs, "--method", "fast", "--schedules", "slow40")["protocol"]
-    assert whole["in words"] == "at most 10 times as many (no shorter schedule is there)"
+    whole = by_protocol(runs, "fast", "slow40")
+    assert whole["in words"] == "at most 10 times as many epochs (no shorter schedule is there)"
 
 
 def test_a_baseline_that_never_reaches_it(runs, tmp_path):
     for seed in (3, 4):  # further: the method's mean is out of reach
         write_run(tmp_path / f"fast-seed{seed}", [0.1, 0.2, 0.3, 0.48], drop=3)
-    found = run(runs, *PROTOCOL)["protocol"]
+    found = by_protocol(runs, "fast", "slow40", "slow4", "slow20")
     assert (found["ratio"], found["valid"]) == (None, True)  # within 90 %
-    assert found["in words"].startswith("> 10 times as many, not reached")
+    assert found["in words"].startswith("> 10 times as many epochs, not reached")
 
 
 def test_a_baseline_that_has_not_converged_proves_nothing(runs, tmp_path):
-    found = run(runs, "--method", "fast", "--schedules", "slow4", "slow20")["protocol"]
+    found = by_protocol(runs, "fast", "slow4", "slow20")
     assert found["in words"].startswith("the baseline has not converged: no ratio") and not found["valid"]
     assert found["ratio"] is None
     assert found["gain of the longest over the last fifth before its drop"] == pytest.approx([0.06, 0.06])
@@ -89,7 +96,7 @@ def test_a_baseline_that_has_not_converged_proves_nothing(runs, tmp_path):
 def test_a_flat_baseline_is_valid_if_it_has_learnt_something(tmp_path, ap, valid):
     write_run(tmp_path / "fast-seed1", [0.1, 0.4], drop=1)
     write_run(tmp_path / "flat-seed1", [ap] * 20, drop=16)
-    assert run(tmp_path, "--method", "fast", "--schedules", "flat")["protocol"]["valid"] is valid
+    assert by_protocol(tmp_path, "fast", "flat")["valid"] is valid
 
 
 def test_milestones_and_their_spread(runs, tmp_path):
@@ -107,9 +114,8 @@ def test_pictures_and_tensorboards_layout(runs, tmp_path):
     assert convergence.main([*map(str, sorted(runs.glob("*-seed*"))), "--out", str(out), *PROTOCOL]) == 0
     assert json.loads((out / "convergence.json").read_text())["protocol"]["ratio"] == 10
     text = (out / "convergence.md").read_text()
-    assert (
-        "**10 times as many (5 times do not suffice); preliminary" in text and "| slow40 | slow40-seed2 | 40 |" in text
-    )
+    assert "**more than 5, at most 10 times as many epochs; preliminary" in text
+    assert "| slow40 | slow40-seed2 | 40 |" in text
     for name in ("ap-epoch", "ap-images", "ap-step", "ap-hours", "sizes", "published"):
         with Image.open(out / f"{name}.png") as picture:
             colours = picture.convert("RGB").getcolors(maxcolors=2**20)
@@ -161,6 +167,8 @@ def test_folders_with_an_equals_sign_and_broken_notes(tmp_path, capsys):
     setup_logging(None, is_main=True)
     folder = write_run(tmp_path / "lr=1e-4-seed1", [0.1])
     (folder / "environment.json").write_text("[")
+    (folder / "config.yaml").write_text("train: {epochs: '${oc.env:NOWHERE}'}\neval: {image_side: '${else:1}'}")
+    assert read_curve(str(folder)).cut is None
     (folder / "config.yaml").write_text("[")
     curve = read_curve(str(folder))
     assert (curve.label, set(curve.common.values()), curve.cut) == ("lr=1e-4", {None}, None)
@@ -194,16 +202,15 @@ def test_percents_are_taken_as_such(tmp_path, capsys):
 
 
 def test_only_complete_schedules_are_compared_by_the_protocol(tmp_path):
-    flags = ("--method", "fast", "--schedules", "slow")
     write_run(tmp_path / "fast-seed1", [0.1, 0.4], config="train: {epochs: 2}")
     slow = write_run(tmp_path / "slow-seed1", [0.1, 0.4, 0.4], config="train: {epochs: 4}")
     with pytest.raises(InputError, match="slow: .*slow-seed1 is no complete schedule: it ended at epoch 3 of 4"):
-        run(tmp_path, *flags)
+        by_protocol(tmp_path, "fast", "slow")
     (slow / "config.yaml").write_text("train: {epochs: 3}")
-    assert run(tmp_path, *flags)["protocol"]["ratio"] == 1.5
+    assert by_protocol(tmp_path, "fast", "slow")["ratio"] == 1.5
     write_run(tmp_path / "nan-seed1", [0.1, 0.4, math.nan])
     with pytest.raises(InputError, match="nan-seed1 is no complete schedule: its last evaluation has no AP"):
-        run(tmp_path, "--method", "fast", "--schedules", "nan")
+        by_protocol(tmp_path, "fast", "nan")
 
 
 def lines_of(folders):
@@ -239,6 +246,15 @@ def test_lines_are_means_of_seeds_where_all_have_been_evaluated(tmp_path, axis, 
     pyplot.close(figure)
 
 
+def test_a_set_without_small_objects(tmp_path):
+    run = write_run(tmp_path / "run", [0.1, 0.2])
+    lines = lines_of([run])
+    for point in lines["run"][0].points:
+        point |= {"APs": None, "APm": 0.5}
+    charts.draw_sizes(lines, tmp_path / "sizes")
+    assert (tmp_path / "sizes.png").exists()
+
+
 def test_hours_of_two_writers_at_once_count_once(tmp_path):
     for name, tag in (("train", "loss"), ("val", "val/AP")):
         write_run(tmp_path / "run" / name, [0.1, 0.2], tag=tag)
@@ -259,7 +275,9 @@ def test_runs_of_others(tmp_path, capsys):
     drawn = {path.name for path in out.glob("*.png")}
     assert drawn == {"ap-images.png", "ap-step.png", "ap-hours.png", "published.png"}  # they say no epochs
     with pytest.raises(InputError, match="x: expected seeds that say their epochs and end at the same"):
-        convergence.main([*arguments, f"y={theirs}", "--method", "x", "--schedules", "y"])
+        convergence.main([*arguments, f"y={theirs}", "--method", "x", "--schedules", "y", "--baseline", "y"])
+    text = (out / "convergence.md").read_text()  # is there all the same
+    assert re.search(r"\| 90% \| 18.0 \| x \| unknown \| unknown \| [0-9.]+ \| 1 \|", text)
     write_run(tmp_path / "lightning", [0.1, 0.2], epochs="trainer/epoch")
     curve = read_curve(str(tmp_path / "lightning"), epoch_tags=["epoch", "trainer/epoch"])
     assert curve.last["epoch"] == 2
@@ -272,6 +290,7 @@ def test_runs_that_are_no_seeds_are_not_averaged(tmp_path):
         lines_of([tmp_path / "a" / "logs", tmp_path / "b" / "logs"])
     with pytest.raises(UsageError, match="logs: expected another folder for each seed; found .*a/logs more than once"):
         lines_of([tmp_path / "a" / "logs", tmp_path / "a" / "logs"])
+    assert len(lines_of([f"logs={tmp_path / 'a' / 'logs'}", f"logs={tmp_path / 'b' / 'logs'}"])["logs"]) == 2
 
 
 def test_misuse(runs, tmp_path):

@@ -2,7 +2,7 @@
 
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (2, 2)))
 MARKERS = "osD^vPXh<"
 NAMES = {"epoch": "epochs", "images": "images seen", "step": "optimizer steps", "hours": "hours"}
+SIZES = {"small": "APs", "medium": "APm", "large": "APl"}
 ENDINGS = (".png", ".svg")
 
 Lines = Mapping[str, Sequence[Curve]]
@@ -30,7 +31,7 @@ log = logging.getLogger("tenfold")
 
 def draw_curves(lines: Lines, axis: str, name: str, path: Path) -> None:
     """AP, as `name`, against one axis, linear and logarithmic, as PNG and SVG; nothing where no run knows that axis."""
-    lines = known(lines, axis, "AP", path)
+    lines = known(lines, axis, ("AP",), path)
     if not lines:
         return
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
@@ -40,37 +41,37 @@ def draw_curves(lines: Lines, axis: str, name: str, path: Path) -> None:
     _logarithmic(panels[1])
     panels[0].set_ylim(bottom=0)  # of both, once all lines are there
     panels[0].set_ylabel(f"AP, percent ({name})")
-    _legend(figure, panels[0])
+    _legend(figure, panels)
     _save(figure, path)
 
 
 def draw_sizes(lines: Lines, path: Path) -> None:
     """AP of small, medium and large objects against epochs; nothing where no run has them."""
-    if lines := known(lines, "epoch", "APs", path):
+    if lines := known(lines, "epoch", SIZES.values(), path):
         _save(figure_of_sizes(lines), path)
 
 
 def figure_of_sizes(lines: Lines) -> Figure:
     figure, panels = pyplot.subplots(1, 3, figsize=(11, 4.6), sharey=True, layout="constrained")
-    for panel, (name, key) in zip(panels, (("small", "APs"), ("medium", "APm"), ("large", "APl")), strict=True):
+    for panel, (name, key) in zip(panels, SIZES.items(), strict=True):
         draw_lines(panel, lines, "epoch", key)
         panel.set(title=f"{name} objects", xlabel=NAMES["epoch"])
         _logarithmic(panel)
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("AP, percent")
-    _legend(figure, panels[0])
+    _legend(figure, panels)
     return figure
 
 
-def known(lines: Lines, axis: str, key: str, path: Path) -> Lines:
-    """Those whose runs all have both, at a step that all of the label's runs share; a line for each of the others.
+def known(lines: Lines, axis: str, keys: Collection[str], path: Path) -> Lines:
+    """Those whose runs share a step at which all know the axis and one of the scores; a line for each of the others.
 
-    What an earlier call has drawn there is removed: the chart shows these runs, or it is not there.
+    Where there are none, what an earlier call has drawn there is removed: a chart shows these runs, or is not there.
     """
-    found = {label: curves for label, curves in lines.items() if places(curves, axis, key)}
+    found = {label: curves for label, curves in lines.items() if any(places(curves, axis, key) for key in keys)}
     for label in lines.keys() - found.keys():
         log.warning("%s is not in the chart %s: its runs share no step at which they know %s and %s", label, path.name,
-                    NAMES[axis], key)  # fmt: skip
+                    NAMES[axis], " or ".join(keys))  # fmt: skip
     if not found:
         for ending in ENDINGS:
             path.with_suffix(ending).unlink(missing_ok=True)
@@ -128,10 +129,13 @@ def dash(line: int) -> Any:
     return DASHES[(line + line // len(COLOURS)) % len(DASHES)]
 
 
-def _legend(figure: Figure, panel: Axes) -> None:
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One for all panels, below them, where no line runs under it."""
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
+    handles = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)), fontsize=8,
+                  frameon=False)  # fmt: skip
 
 
 def _logarithmic(panel: Axes) -> None:

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from framework.errors import InputError, UsageError
 from framework.tracking.events import Scalars, read_scalars
@@ -28,6 +29,7 @@ class Curve:
 
     label: str
     folder: str
+    named: bool  # by somebody, not after its folder
     points: list[Point]
     drop_epoch: float | None  # of the learning rate, the first time
     common: dict[str, str | None]
@@ -80,7 +82,11 @@ def read_curve(text: str, tags: Sequence[str] = ("val/AP",), epoch_tags: Sequenc
     say_gaps(label, points)
     config = config_of(folder)
     cut = cut_of(config, points) if max(values) in finite else "its last evaluation has no AP"
-    return Curve(label, str(folder), points, drop_epoch(scalars, epoch_tag), common_of(folder, config), cut)
+    if points[0]["epoch"] == 0:
+        log.warning("%s: %s begins at 0; epochs are taken as numbers of epochs that are over", label, epoch_tag)
+    return Curve(
+        label, str(folder), bool(separator), points, drop_epoch(scalars, epoch_tag), common_of(folder, config), cut
+    )
 
 
 def first_of(tags: Sequence[str], scalars: Scalars) -> str | None:
@@ -125,32 +131,31 @@ def drop_epoch(scalars: Scalars, epoch_tag: str | None) -> float | None:
     return None
 
 
-def config_of(folder: Path) -> DictConfig:
-    """A run's own configuration; empty where there is none that can be read."""
+def config_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a run's own configuration, as they stand there; empty where there is none that can be read."""
     for place in (folder, folder.parent):
         if (file := place / "config.yaml").is_file():
             try:
-                found = OmegaConf.load(file)
+                found = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
             except Exception as error:  # of another program's file, whatever it is
                 log.warning("%s cannot be read: %s", file, error)
                 break
-            return found if isinstance(found, DictConfig) else OmegaConf.create()
-    return OmegaConf.create()
+            sections = found.items() if isinstance(found, dict) else ()
+            return {str(name): section for name, section in sections if isinstance(section, dict)}
+    return {}
 
 
-def cut_of(config: DictConfig, points: Sequence[Point]) -> str | None:
-    epochs, end = OmegaConf.select(config, "train.epochs"), points[-1]["epoch"]
+def cut_of(config: dict[str, dict[str, Any]], points: Sequence[Point]) -> str | None:
+    epochs, end = config.get("train", {}).get("epochs"), points[-1]["epoch"]
     if isinstance(epochs, int) and end is not None and end < epochs:
         return f"it ended at epoch {end:g} of {epochs}"
     return None
 
 
-def common_of(folder: Path, config: DictConfig) -> dict[str, str | None]:
-    found = environment_of(folder)
+def common_of(folder: Path, config: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+    found, evaluation = environment_of(folder), config.get("eval", {})
     data = {f"data.{split}": found.get(key) for split, key in (("train", "fingerprint"), ("val", "val_fingerprint"))}
-    evaluation = OmegaConf.select(config, "eval")
-    known = isinstance(evaluation, DictConfig) and "image_side" in evaluation
-    return data | {"eval.image_side": str(evaluation.image_side) if known else None}
+    return data | {"eval.image_side": str(evaluation["image_side"]) if "image_side" in evaluation else None}
 
 
 def environment_of(folder: Path) -> dict[str, str]:
