@@ -88,7 +88,7 @@ convergence: build  ## ten times fewer epochs, shown: trains Deformable DETR and
 
 # PARTS="op ..."; empty: all of them
 PARTS ?=
-gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op train stages tests sanitizer convergence"; offline with PYTHON=python3
+gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op train memory stages tests sanitizer convergence"; offline with PYTHON=python3
 	@'$(PYTHON)' -m benchmarks.gpu_report $(if $(PARTS),--parts $(PARTS))
 
 clean:  ## remove the environment, what was built, caches; runs/ and data/ stay

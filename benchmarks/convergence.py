@@ -178,7 +178,7 @@ def plan(part: str, size: Size, seeds: int, rates: dict[str, float]) -> list[Run
         return [of(model, again=which) for model in ("deformable", "detr-dc5") for which in (1, 2)]
     n *= MORE_EPOCHS
     return [of(model, epochs, data=part) for model, epochs in
-            (("detr-dc5", 5 * n), ("deformable", n), ("detr-dc5", n))]  # fmt: skip
+            (("detr-dc5", 5 * n), ("deformable", n), ("detr-dc5", n), ("deformable", 5 * n))]  # fmt: skip
 
 
 PARTS = ("sweep", "pair", "reported", "longer", "more", "without", "attention", "again", *PHOTOGRAPHS)
@@ -480,14 +480,18 @@ class Experiment:
         runs = [run for run in self.plan("attention", 1) if self.folder(run)]
         if not runs:
             return
-        figure, panels = pyplot.subplots(len(runs), len(LOOKED_AT), figsize=(12, 3.4 * len(runs)), squeeze=False,
-                                         layout="constrained")  # fmt: skip
-        for run, row in zip(runs, panels, strict=True):
-            for epoch, panel in zip(LOOKED_AT, row, strict=True):
-                panel.imshow(picture(self.work / run.name, "attention/0", epoch))
+        seen = [[picture(self.work / run.name, "attention/0", epoch) for run in runs] for epoch in LOOKED_AT]
+        widths = [one.shape[1] / one.shape[0] for one in seen[0]]
+        figure, panels = pyplot.subplots(
+            len(seen), len(runs), figsize=(5.5 * sum(widths), 5.5 * len(seen)), width_ratios=widths, squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for epoch, pictures, row in zip(LOOKED_AT, seen, panels, strict=True):
+            for run, shown, panel in zip(runs, pictures, row, strict=True):
+                panel.imshow(shown)
                 panel.set_title(f"{MODELS[run.model].title}, after epoch {epoch}")
                 panel.axis("off")
-        figure.savefig(self.out / "attention.png", dpi=110)
+        figure.savefig(self.out / "attention.png", dpi=100)
         pyplot.close(figure)
 
     def write(self, title: str, result: dict[str, Any], parts: str) -> None:

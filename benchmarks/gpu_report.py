@@ -1,6 +1,6 @@
 """What needs a GPU, in parts of at most 8 minutes, each with its results in docs/results/gpu-<part>.{json,md}.
 
-    make gpu-report [PARTS="op train stages tests sanitizer convergence"]
+    make gpu-report [PARTS="op train memory stages tests sanitizer convergence"]
                                                         (offline, in your own environment: PYTHON=python3)
 
 A part is some commands, one after the other. A command that fails, or is not done in time, is recorded with what it
@@ -38,7 +38,12 @@ PARTS = {
             )
         ),
     ],
-    "stages": [BUILD, ["-m", "benchmarks.stages"]],
+    "memory": [BUILD, ["-m", "benchmarks.largest_batch"]],
+    "stages": [
+        BUILD,
+        ["-m", "benchmarks.stages", "--jobs", "4"],
+        ["-m", "benchmarks.stages", "--jobs", "4", "--graphs"],
+    ],
     "tests": [BUILD, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]],
     "sanitizer": [BUILD, ["-m", "benchmarks.gpu_sanitizer"]],
     # Goes on where the last call was stopped, while runs/ is still there.

@@ -3,7 +3,9 @@
 Neither is part of Tenfold; benchmarks.train_step asks for them by a flag:
 
     --published FOLDER   a checkout of the published code (Zhu et al. 2021), with torchvision installed. On a CPU, for
-                         which it has no kernel, its own `ms_deform_attn_core_pytorch` (`grid_sample`) does the work
+                         which it has no kernel, its own `ms_deform_attn_core_pytorch` (`grid_sample`) does the work;
+                         on a GPU its own kernel, built there (models/ops, on the PYTHONPATH). Under autocast with the
+                         work-arounds that people use: the kernel, which has no bfloat16, and the loss in float32
     --transformers       the transformers library's model, which uses `grid_sample` everywhere
 """
 
@@ -43,8 +45,8 @@ def published(folder: Path, config: Config, device: torch.device) -> Rival:
     args.hidden_dim, args.dim_feedforward, args.nheads = m.width, m.ffn_width, m.num_heads
     args.enc_n_points = args.dec_n_points = m.num_points
     model, criterion, _ = importlib.import_module("models").build_model(args)
+    functions = importlib.import_module("models.ops.functions.ms_deform_attn_func")
     if device.type == "cpu":
-        functions = importlib.import_module("models.ops.functions.ms_deform_attn_func")
 
         class OnCPU:
             @staticmethod
@@ -52,10 +54,14 @@ def published(folder: Path, config: Config, device: torch.device) -> Rival:
                 return functions.ms_deform_attn_core_pytorch(value, shapes, *others[:2])
 
         importlib.import_module("models.ops.modules.ms_deform_attn").MSDeformAttnFunction = OnCPU
+    else:
+        kernel, settings = functions.MSDeformAttnFunction, {"device_type": device.type}
+        kernel.forward = staticmethod(torch.amp.custom_fwd(kernel.forward, **settings, cast_inputs=torch.float32))
+        kernel.backward = staticmethod(torch.amp.custom_bwd(kernel.backward, **settings))
     nested = importlib.import_module("util.misc").NestedTensor
 
     def loss_of(outputs: Any, targets: Targets) -> Tensor:
-        losses = criterion(outputs, _by_image(targets, "labels"))
+        losses = criterion(_float32(outputs), _by_image(targets, "labels"))
         return sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)  # type: ignore[return-value]
 
     return model, lambda images, padding: model(nested(images, padding)), loss_of
@@ -97,6 +103,13 @@ def refuse(config: Config, flag: str, *, one_level: bool) -> None:
                          "configs/coco_r50_deformable.yaml or another of its kind")  # fmt: skip
     if m.backbone.name != "resnet50":
         raise UsageError(f"{flag}: not with model.backbone.name={m.backbone.name}; expected resnet50")
+
+
+def _float32(outputs: Any) -> Any:
+    """The tensors of its dictionaries and lists of them."""
+    if isinstance(outputs, dict):
+        return {name: _float32(output) for name, output in outputs.items()}
+    return outputs.float() if isinstance(outputs, Tensor) else [_float32(output) for output in outputs]
 
 
 def _by_image(targets: Targets, labels: str) -> list[dict[str, Tensor]]:

@@ -1,10 +1,12 @@
 """50 steps of the trainer in each precision and ZeRO stage: images a second, peak memory, the loss.
 
-    python -m benchmarks.stages [--config FILE] [--steps N] [key=value ...]
+    python -m benchmarks.stages [--config FILE] [--steps N] [--jobs N] [--graphs] [key=value ...]
 
 The real command, one process, on drawn images of 640 px, without evaluation; the backbone from scratch. Timed is the
-second half of the steps, when everything has been allocated. Without --config: on a GPU the base R50 at published
-sizes, two images; on a CPU the small model of configs/convergence_cpu.yaml, and no fp16, which is for GPUs.
+second half of the steps, when everything has been allocated; with several --jobs side by side nothing is. --graphs:
+on a GPU, with engine.cuda_graphs, beside one run without; so short a run spends most of its time recording. Without
+--config: on a GPU the base R50 at published sizes, two images; on a CPU the small model of
+configs/convergence_cpu.yaml, and no fp16, which is for GPUs.
 Writes docs/results/stages.{json,md}, on a GPU gpu-stages.{json,md}.
 """
 
@@ -16,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from data_tools import convert, synth
 from framework.errors import FAILED, command
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3), "fp16": (1, 2, 3)}
+WITH_GRAPHS = [("fp32", 0), ("bf16", 1), ("bf16", 2), ("fp16", 1)]
 USUAL = {"cuda": ["--config", "configs/coco_r50_deformable.yaml", "model.backbone.weights=null",
                   "model.backbone.norm=group", "train.global_batch=2", "train.micro_batch=2"],
          "cpu": ["--config", "configs/convergence_cpu.yaml"]}  # fmt: skip
@@ -37,23 +42,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--graphs", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = (["--config", str(args.config)] if args.config else USUAL[device]) + args.overrides
     name = "gpu-stages" if device == "cuda" else "stages"
-    said = " ".join(["python -m benchmarks.stages", "--steps", str(args.steps), *arguments])
+    settings = ["--steps", str(args.steps), "--jobs", str(args.jobs), *["--graphs"] * args.graphs]
+    said = " ".join(["python -m benchmarks.stages", *settings, *arguments])
+    part = f"{args.steps} steps{', CUDA graphs' * args.graphs}"
+    runs = [(precision, stage, False) for precision, stages in STAGES.items() for stage in stages
+            if precision != "fp16" or device == "cuda"]  # fmt: skip
+    if args.graphs:
+        runs = [runs[0], *((precision, stage, True) for precision, stage in WITH_GRAPHS)]
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as side_by_side:
         shards = drawn_shards(Path(folder))
-        for precision, stages in STAGES.items():
-            for stage in stages if precision != "fp16" or device == "cuda" else ():
-                row = {"precision": precision, "ZeRO": stage}
-                row |= trained(Path(folder), arguments, args.steps, shards, precision, stage)
-                first = (rows or [row])[0]["last loss"]
-                rows.append(row | {"of the first run's loss": row["last loss"] and first and row["last loss"] / first})
-                print(rows[-1], flush=True)
-                write(name, "Precisions and ZeRO stages", f"{args.steps} steps", {"runs": rows}, said)  # so far
+        do = partial(trained, Path(folder), arguments, args.steps, shards)
+        for row in side_by_side.map(do, *zip(*runs, strict=True)):
+            if args.jobs > 1:
+                del row["images/s"]
+            first = (rows or [row])[0]["last loss"]
+            rows.append(row | {"of the first run's loss": row["last loss"] and first and row["last loss"] / first})
+            print(rows[-1], flush=True)
+            write(name, "Precisions and ZeRO stages", part, {"runs": rows}, said)  # so far
     return 0 if all(row["outcome"] == "done" for row in rows) else FAILED
 
 
@@ -64,11 +77,14 @@ def drawn_shards(folder: Path) -> Path:
     return folder / "shards"
 
 
-def trained(folder: Path, arguments: list[str], steps: int, shards: Path, precision: str, stage: int) -> dict[str, Any]:
+def trained(
+    folder: Path, arguments: list[str], steps: int, shards: Path, precision: str, stage: int, graphs: bool
+) -> dict[str, Any]:
     """How a run ended, and medians of what it recorded in its second half."""
-    run = folder / f"{precision}-{stage}"
+    run = folder / f"{precision}-{stage}{'-graphs' * graphs}"
     line = [sys.executable, "-m", "framework.train", *arguments, f"data.train={shards}", "eval.every=0",
             f"engine.precision={precision}", f"engine.zero_stage={stage}", f"train.max_steps={steps}",
+            f"engine.cuda_graphs={str(graphs).lower()}",
             f"train.epochs={steps}", "train.lr_drop_epochs=[]", f"tracking.log_every={max(1, steps // RECORDS)}",
             f"train.run_dir={run}"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -81,6 +97,9 @@ def trained(folder: Path, arguments: list[str], steps: int, shards: Path, precis
     if ended.returncode or not records:
         outcome, records = f"exit code {ended.returncode}: {ended.stdout.strip().splitlines()[-1]}", []
     return {
+        "precision": precision,
+        "ZeRO": stage,
+        "graphs": graphs,
         "images/s": statistics.median(one["throughput/images_per_s"] for one in records) if records else None,
         "peak GiB": max((one["memory/peak_gib"] for one in records), default=None),
         "last loss": records[-1]["loss/total"] if records else None,

@@ -4,10 +4,12 @@
                                     [--published FOLDER] [--transformers] [--data SHARDS]
 
 Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, optimizer; frozen batch norm, random
-weights. `ops`: with the compiled operators. `ops.reference`: the same model in plain torch (TENFOLD_OP=reference:
-grid_sample, torch's dropout; feed-forward layers of all tokens at once). --published, --transformers: other people's
-code, see benchmarks.rival_detectors. Sides take turns, each in a process of its own, and medians are compared. On a GPU
-every part is waited for, which the trainer does not do: `s` is of steps in a row, without.
+weights. `ops`: with the compiled operators; `graphs`: so, on a GPU, with engine.cuda_graphs. `ops.reference`: the same
+model in plain torch (TENFOLD_OP=reference: grid_sample, torch's dropout; feed-forward layers of all tokens at once).
+--published, --transformers: other people's code, see benchmarks.rival_detectors, in float32 as published and, with
+another --precision, also in that. Sides take turns, each in a process of its own, and medians are compared. On a GPU
+every part is waited for, which the trainer does not do: `s` is of steps in a row, without, and `GPU busy` the share of
+it in which kernels ran.
 --data SHARDS: images from the trainer's loader instead, its workers and augmentation included; `data s` is what a step
 waits for them and for their way to the device.
 --profile FOLDER: what the GPU or CPU did in one step of the first side: operators.txt, and a trace for TensorBoard
@@ -40,6 +42,7 @@ from framework.config import Config
 from framework.data.batch import Targets
 from framework.data.loader import TrainLoader
 from framework.engine.ds_config import EngineConfig, autocast
+from framework.engine.graphs import Graphs
 from framework.engine.optimizer import build_optimizer
 from framework.errors import UsageError, command
 from framework.losses import criterion as losses
@@ -53,7 +56,8 @@ Inputs = tuple[Tensor, Tensor | None, Targets]
 SIZE_HW = (800, 1066)
 BOXES = 20
 STEPS = {"cpu": 3, "cuda": 12}  # of a process; the first quarter does not count
-OURS = {"ops": "compiled", "ops.reference": "reference"}  # TENFOLD_OP of each
+LOWER = " in lower precision"
+OURS = {"graphs": "compiled", "ops": "compiled", "ops.reference": "reference"}  # TENFOLD_OP of each
 # Operators by kind of layer. Those in POINTWISE are the backbone's where they work on maps; a linear layer copies its
 # bias to where products are added, and sums up its gradient: matrices; the operator begins a gradient with zeros.
 KINDS = {
@@ -91,7 +95,9 @@ def main() -> int:
             json.dumps(Step(args.here, args).run(args.profile, tell_kinds=args.here == "ops" and args.device == "cpu"))
         )
         return 0
-    sides = [*OURS, *["published"] * bool(args.published), *["transformers"] * args.transformers]
+    sides = [side for side in OURS if side != "graphs" or args.device == "cuda"]
+    for rival, asked in {"published": args.published, "transformers": args.transformers}.items():
+        sides += [rival, *[rival + LOWER] * (args.precision != "fp32")] if asked else []
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for i in range(args.repeats):
         for side in sides:
@@ -105,10 +111,11 @@ def main() -> int:
             print(f"{args.config.stem}, {args.precision}, batch {args.batch}, {side}: {median(runs[side])}", flush=True)
     known = dict.fromkeys(median(runs["ops"]))  # a column of ours that another side does not have stays empty
     rows = [{"side": side, **known, **median(runs[side])} for side in sides if runs[side]]
-    result = {"sides": rows, "images/s": args.batch / rows[0]["s"]}
-    for other in rows[1:]:
+    first, *others = rows
+    result = {"sides": rows, "images/s": args.batch / first["s"]}
+    for other in others:
         for key in ("s", "peak GiB"):
-            result[f"{key} of {other['side']}, of ops"] = other[key] / rows[0][key]
+            result[f"{key} of {other['side']}, of {first['side']}"] = other[key] / first[key]
     said = f"python -m benchmarks.train_step --config configs/{args.config.name} --repeats {args.repeats}"
     part = f"{args.config.stem}, {SIZE_HW[0]} x {SIZE_HW[1]}"
     usual = [parser.get_default(name) for name in ("device", "batch", "precision")]
@@ -153,7 +160,9 @@ class Step:
 
     def __init__(self, side: str, args: argparse.Namespace) -> None:
         config = configuration.load(args.config, [])
-        self.device, self.precision = torch.device(args.device), EngineConfig(precision=args.precision)
+        as_published = side not in OURS and not side.endswith(LOWER)
+        self.device = torch.device(args.device)
+        self.precision = EngineConfig(precision="fp32" if as_published else args.precision)
         self.matching_s: list[float] = []
         torch.manual_seed(0)
         if args.data:
@@ -162,7 +171,7 @@ class Step:
             self.batches = loaded(loader, self.device)
         else:
             self.batches = itertools.repeat(drawn(args.batch, self.device, without_mask=side in OURS))
-        self.model, self.forward, self.loss_of = self.side(side, config, args.published)
+        self.model, self.forward, self.loss_of = self.side(side.removesuffix(LOWER), config, args.published)
         self.model.train().to(self.device)
         if side in OURS:
             self.optimizer = build_optimizer(self.model, config.optim, self.device)
@@ -178,6 +187,8 @@ class Step:
         if side == "ops.reference":
             encoder.PIECE = sys.maxsize
         model, criterion = build_detector(config.model), Criterion(config.loss, config.model.classification)
+        if side == "graphs":
+            Graphs(model.to(self.device))
         losses.match = self.timed(losses.match)
 
         def loss_of(predictions: Any, targets: Targets) -> Tensor:
@@ -228,16 +239,22 @@ class Step:
             began = self.waited()
             for _ in range(count):
                 self.take(time.perf_counter)
-            whole = [(self.waited() - began) / count]
+            found = {"s": [(self.waited() - began) / count], "GPU busy": []}
         else:
-            whole = [times[-1] - times[0] for times in parts]
-        found = {"s": whole} | seconds | {"peak GiB": [peak_memory_gib(self.device)]}  # before a profiler takes some
+            found = {"s": [times[-1] - times[0] for times in parts]}
+        found |= seconds | {"peak GiB": [peak_memory_gib(self.device)]}  # before a profiler takes some
+        if self.device.type == "cuda":
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+                self.take(time.perf_counter)
+                self.waited()
+            kernels_s = sum(event.self_device_time_total for event in trace.key_averages()) / 1e6
+            found["GPU busy"].append(kernels_s / found["s"][0])
         if not tell_kinds and not profile:
             return found
         with torch.profiler.profile(record_shapes=True) as trace:
             times = self.take(self.waited)
         if profile:
-            order = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+            order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
             table = trace.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
             torch.profiler.tensorboard_trace_handler(str(profile))(trace)
             (profile / "operators.txt").write_text(table + "\n")

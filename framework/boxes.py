@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
-    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    centre, size = boxes_cxcywh.chunk(2, dim=-1)
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
-    low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
+    low, high = boxes_xyxy.chunk(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def area(boxes_xyxy: Tensor) -> Tensor:
-    return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0).prod(dim=-1)
+    return _span(*boxes_xyxy.chunk(2, dim=-1))
 
 
 def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
@@ -26,12 +26,14 @@ def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 
     Degenerate boxes (zero area) give finite values. Source: Rezatofighi et al. 2019, algorithm 1.
     """
-    overlap = _span(torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2]), torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:]))
-    hull = _span(torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2]), torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]))
-    union = area(a_xyxy) + area(b_xyxy) - overlap
+    (a_low, a_high), (b_low, b_high) = a_xyxy.chunk(2, dim=-1), b_xyxy.chunk(2, dim=-1)
+    overlap = _span(torch.maximum(a_low, b_low), torch.minimum(a_high, b_high))
+    hull = _span(torch.minimum(a_low, b_low), torch.maximum(a_high, b_high))
+    union = _span(a_low, a_high) + _span(b_low, b_high) - overlap
     tiny = torch.finfo(union.dtype).tiny
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
 def _span(low: Tensor, high: Tensor) -> Tensor:
-    return (high - low).clamp(min=0).prod(dim=-1)
+    width, height = (high - low).clamp(min=0).unbind(-1)
+    return width * height

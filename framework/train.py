@@ -23,6 +23,7 @@ from framework.engine import checkpoint
 from framework.engine.checkpoint import Checkpoints
 from framework.engine.ds_config import deepspeed_config, start_engine
 from framework.engine.ema import Ema
+from framework.engine.graphs import Graphs
 from framework.engine.guard import Guard
 from framework.engine.incarnation import Incarnation
 from framework.engine.lifecycle import SAVED, Lifecycle, patience
@@ -90,6 +91,8 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
         config.engine, device=ranks.device, global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch, accumulation=train_set.accumulation, clip_norm=config.optim.clip_norm,
     ))  # fmt: skip
+    if config.engine.cuda_graphs:
+        Graphs(detector)
     criterion = Criterion(config.loss, config.model.classification)
     ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
     if last is not None:

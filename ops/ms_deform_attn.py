@@ -167,6 +167,9 @@ class MSDeformAttn(nn.Module):
     def _offsets_and_logits(self, query_BQD: Tensor) -> tuple[Tensor, Tensor]:
         """sampling_offsets (B, Q, M, L, P, 2) and attention_logits (B, Q, M, L*P) of `fused_ms_deform_attn`."""
         M, L, P = self.num_heads, self.num_levels, self.num_points
+        device = query_BQD.device.type
+        if query_BQD.dtype == torch.float32 and torch.is_autocast_enabled(device):  # once, not for each layer
+            query_BQD = query_BQD.to(torch.get_autocast_dtype(device))
         offsets_xy = self.sampling_offsets(query_BQD).unflatten(-1, (M, L, P, 2))
         return offsets_xy, self.attention_weights(query_BQD).unflatten(-1, (M, L * P))
 

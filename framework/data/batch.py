@@ -63,6 +63,12 @@ class Targets:
     def pin_memory(self) -> "Targets":
         return self._changed(Tensor.pin_memory)
 
+    def of_one_class(self) -> "Targets":
+        """The same with every label 0."""
+        changed = self._changed(lambda tensor: tensor)
+        changed.labels_N = torch.zeros_like(self.labels_N)
+        return changed
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> "Targets":
         changed = Targets.__new__(Targets)
         for name, value in vars(self).items():

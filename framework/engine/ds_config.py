@@ -24,6 +24,8 @@ class EngineConfig:
 
     precision auto: bf16 where the device is good at it, else fp32. fp16: GPUs only; the loss is scaled so that
         gradients neither vanish nor overflow: by 2^16 first, half when they overflow, twice after 2000 steps without.
+    cuda_graphs: launch forward and backward as one graph each, for a GPU that waits for the processor (few images at a
+        time); batches are padded to multiples of 64 pixels. Not with stage 3 or activation_checkpointing.
     activation_checkpointing: keep only the inputs of transformer layers, compute the rest again in backward.
     offload_optimizer: moments and a copy of the fp32 weights in host memory, Adam there too.
     secondary_partition: of ZeRO++ (Wang et al. 2023), for stage 3 over several nodes: a second copy of the weights
@@ -35,6 +37,7 @@ class EngineConfig:
 
     zero_stage: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    cuda_graphs: bool = False
     activation_checkpointing: bool = False
     offload_optimizer: bool = False
     secondary_partition: int = 1
@@ -60,6 +63,12 @@ class EngineConfig:
             raise UsageError(
                 f"engine.zero_stage, engine.precision: found 0 and {self.precision}; DeepSpeed keeps fp32 weights "
                 "beside a lower precision from stage 1 on: set engine.zero_stage=1"
+            )
+        if self.cuda_graphs and (self.zero_stage == 3 or self.activation_checkpointing):
+            raise UsageError(
+                f"engine.cuda_graphs, engine.zero_stage, engine.activation_checkpointing: found true, {self.zero_stage}"
+                f" and {str(self.activation_checkpointing).lower()}; graphs need weights and activations that stay"
+                " where they are: set engine.cuda_graphs=false, or a stage below 3 without activation_checkpointing"
             )
         if self.zero_stage == 0 and self.offload_optimizer:
             raise UsageError("engine.zero_stage, engine.offload_optimizer: found 0 and true; set engine.zero_stage=1")
@@ -94,6 +103,8 @@ def deepspeed_config(
     """The dict for deepspeed.initialize. The optimizer is ours, the schedule too."""
     dtype = precision_for(config, device)
     on_gpu = device.type == "cuda"
+    if config.cuda_graphs and not on_gpu:
+        raise UsageError("engine.cuda_graphs: found true on a machine without GPU; set it to false")
     world = global_batch // (micro_batch * accumulation)
     if world % config.secondary_partition:
         raise UsageError(f"engine.secondary_partition: found {config.secondary_partition} with {world} processes; "

@@ -3,7 +3,6 @@
 # B image, K decoder layer, Q query, C class, N target boxes of the batch, concatenated
 """
 
-import copy
 from typing import Literal
 
 import torch
@@ -37,10 +36,8 @@ class Criterion:
         stages = [Stage("decoder layer", predictions.logits_KBQC[first:], predictions.boxes_KBQ4[first:], targets)]
         names = [[f"/layer{layer}" for layer in range(len(stages[0].logits_KBQC) - 1)] + [""]]
         if predictions.proposals is not None:  # proposals know objects only: every target is class 0
-            anything = copy.copy(targets)
-            anything.labels_N = torch.zeros_like(targets.labels_N)
-            proposals = predictions.proposals
-            stages.append(Stage("proposal stage", proposals.logits_KBQC, proposals.boxes_KBQ4, anything))
+            proposals, objects = predictions.proposals, targets.of_one_class()
+            stages.append(Stage("proposal stage", proposals.logits_KBQC, proposals.boxes_KBQ4, objects))
             names.append(["/proposals"])
         matches = match(stages, classification=self.classification, config=self.config)
         losses: dict[str, Tensor] = {}
@@ -49,7 +46,11 @@ class Criterion:
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        return torch.stack([self.weights[name.split("/")[0]] * loss for name, loss in losses.items()]).sum()
+        of_terms = [[loss for name, loss in losses.items() if name.split("/")[0] == term] for term in self.weights]
+        sums = [
+            torch.stack(terms).sum() * weight for terms, weight in zip(of_terms, self.weights.values(), strict=True)
+        ]
+        return torch.stack(sums).sum()
 
     def _losses(
         self, stage: Stage, query_KN: Tensor, num_boxes: float | Tensor, suffixes: list[str]
@@ -60,13 +61,18 @@ class Criterion:
             class_K = self._cross_entropy(stage.logits_KBQC, stage.targets, query_KN)
         box_K, giou_K = matched_box_losses(stage.boxes_KBQ4, stage.targets, query_KN)
         terms = {"class": class_K, "box": box_K / num_boxes, "giou": giou_K / num_boxes}
-        return {term + suffix: loss_K[k] for term, loss_K in terms.items() for k, suffix in enumerate(suffixes)}
+        return {
+            term + suffix: loss
+            for term, loss_K in terms.items()
+            for suffix, loss in zip(suffixes, loss_K.unbind(), strict=True)
+        }
 
     def _focal(self, logits_KBQC: Tensor, targets: Targets, query_KN: Tensor) -> Tensor:
         """Sum over queries and classes, (K,). Source: Lin et al. 2017, equation 5."""
         layer_K1 = torch.arange(len(query_KN), device=query_KN.device)[:, None]
         wanted_KBQC = torch.zeros_like(logits_KBQC)
-        wanted_KBQC[layer_K1, targets.image_N, query_KN, targets.labels_N] = 1.0
+        hit_KN = torch.ones_like(query_KN, dtype=wanted_KBQC.dtype)  # for a bare 1.0 the processor would wait
+        wanted_KBQC[layer_K1, targets.image_N, query_KN, targets.labels_N] = hit_KN
         cross_entropy = F.binary_cross_entropy_with_logits(logits_KBQC, wanted_KBQC, reduction="none")
         p = logits_KBQC.sigmoid()
         missed = p + wanted_KBQC - 2 * p * wanted_KBQC  # 1 - probability given to the truth

@@ -162,9 +162,12 @@ class ResNet(nn.Module):
                 frozen.requires_grad_(False)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        x = self.relu(normed(images_B3HW, self.conv1, self.bn1))
-        # On CPUs torch pools channels-last maps five times as fast as others; everything else likes them as they are.
-        x = self.maxpool(x.contiguous(memory_format=torch.channels_last)).contiguous()
+        # GPUs convolve maps with the channels last. CPUs only pool them faster so, five times.
+        gpu, last = images_B3HW.is_cuda, torch.channels_last
+        x = images_B3HW.contiguous(memory_format=last) if gpu else images_B3HW
+        x = self.relu(normed(x, self.conv1, self.bn1))
+        x = self.maxpool(x.contiguous(memory_format=last))
+        x = x if gpu else x.contiguous()
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)

@@ -95,7 +95,8 @@ def test_the_docs_quote_the_recorded_runs():
     for path in recorded.glob("cpu/*-seed[123]/run.json"):
         run = json.loads(path.read_text())
         title = experiment.MODELS[run["model"]].title
-        assert f"| {title} | {run['epochs']} | {run['seed']} | {100 * run['AP']:.1f} |" in text
+        of = "" if run["data"] == "drawn" else f"| {run['data']} "
+        assert f"{of}| {title} | {run['epochs']} | {run['seed']} | {100 * run['AP']:.1f} |" in text
         whole = recorded / "cpu" / f"deformable-4-epochs-lr0.0004-seed{run['seed']}" / "run.json"
         if run["model"] in experiment.WITHOUT:
             lost = f"{100 * (run['AP'] - json.loads(whole.read_text())['AP']):+.1f}"

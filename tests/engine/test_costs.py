@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from benchmarks import largest_batch
+from framework import plan
 from framework.engine import costs
 from framework.engine.costs import Setup, Weight
 from framework.engine.ds_config import EngineConfig, deepspeed_config
-from framework.models import backbone, encoder
 from framework.models.backbone import BackboneConfig
 from framework.models.build import ModelConfig, build_detector
 from framework.models.linear import Float32Linear
@@ -74,39 +75,27 @@ def test_dense_attention_keeps_no_matrix_on_a_gpu():
     assert on_cpu - on_gpu > 3 * TINY.encoder_layers * matrix
 
 
-RECORDED = json.loads((REPOSITORY / "docs/results/gpu-train-step.json").read_text())
+def recorded(name):
+    return json.loads((REPOSITORY / f"docs/results/{name}.json").read_text())
 
 
-@pytest.fixture
-def as_measured(monkeypatch):
-    """The model as it was when a GPU showed RECORDED, before dropout and frozen norms were fused. It goes with the next
-    `make gpu-report PARTS=train`."""
-
-    def relu_dropout(x, p, training):
-        return torch.native_dropout(x.relu(), p, training)[0]
-
-    def normed(x, conv, norm):
-        scale, shift = (one[:, None, None] for one in norm())
-        y = conv(x)
-        return y * scale.to(y.dtype) + shift.to(y.dtype)
-
-    monkeypatch.setattr(encoder, "relu_dropout_", relu_dropout)
-    monkeypatch.setattr(backbone, "normed", normed)
-
-
-@pytest.mark.parametrize("variant, batch, dtype", [
-    ("base", 2, torch.float32), ("two_stage", 4, torch.bfloat16)
-])  # fmt: skip
-def test_memory_of_a_step_on_an_h100(as_measured, variant, batch, dtype):
-    """The peak that a GPU showed: weights, moments and activations, when backward starts and gradients are to come."""
-    config = {"base": "coco_r50_deformable", "two_stage": "coco_r50_deformable_two_stage"}[variant]
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    (ops,) = [side for side in RECORDED[f"{config}, 800 x 1066, {precision}, batch {batch}"]["sides"]
-              if side["side"] == "ops"]  # fmt: skip
-    model = meta_detector(VARIANTS[variant])
+def test_memory_of_a_step_on_a_gpu():
+    """The peak that an H200 showed: weights, moments, activations, when backward starts and gradients are to come."""
+    sides = recorded("gpu-train-step")["coco_r50_deformable, 800 x 1066, bf16, batch 2"]["sides"]
+    (ops,) = [side for side in sides if side["side"] == "ops"]
+    model = meta_detector(VARIANTS["base"])
     bytes_of = costs.memory(0, setup_of(model))
-    total = bytes_of["weights"] + bytes_of["optimizer"] + costs.activations(model, (800, 1066), batch, dtype).total()
-    assert 0.94 < total / GIB / ops["peak GiB"] < 1  # what the loss keeps is not in it
+    alive = costs.activations(model, (800, 1066), 2, torch.bfloat16).total()
+    total = bytes_of["weights"] + bytes_of["optimizer"] + alive
+    assert 0.9 < total / GIB / ops["peak GiB"] < 1  # what the loss keeps is not in it
+
+
+def test_the_largest_batches_that_are_planned_are_those_that_fitted():
+    for path in largest_batch.CONFIGS[:1]:
+        rows = recorded("gpu-largest-batch")[path.stem]["GPUs"]
+        assert [row["GB"] for row in rows] == [str(gb) for gb in plan.GPUS_GB]
+        assert largest_batch.predicted(path) == {row["GB"]: row["predicted"] for row in rows}
+        assert all(row["fit"] == pytest.approx(row["predicted"], rel=0.1) for row in rows)
 
 
 def setup_of(model, **changes):

@@ -39,6 +39,7 @@ class NoWaits(TorchDispatchMode):
         waits = function.name().startswith(self.REFUSED)
         if function.name().startswith(("aten::index.", "aten::index_put", "aten::_index_put")):
             waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+            waits |= "put" in function.name() and args[2].ndim == 0  # a number of the processor's, to be copied
         assert not self.on or not waits, f"{function.name()} waits for the device"
         return function(*args, **(kwargs or {}))
 
@@ -88,6 +89,6 @@ def test_only_the_costs_of_matching_are_waited_for(config, sizes_hw, device, mon
     finally:
         refuse(False)
     assert len(copies) == 1
-    for waits in (torch.Tensor.item, lambda one: one[one > 0]):
+    for waits in (torch.Tensor.item, lambda one: one[one > 0], lambda one: one.__setitem__(one.long() - 1, 2.0)):
         with pytest.raises(AssertionError, match="waits for the device"), NoWaits():
             waits(torch.ones(1, device=device))

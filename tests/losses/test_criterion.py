@@ -60,6 +60,13 @@ def test_proposals_know_one_class():
         assert found[f"{term}/proposals"] == nothing_but_objects[term] != labelled[term]
 
 
+def test_targets_of_one_class_are_made_where_they_are():
+    targets = problem()[2].to("meta")
+    objects = targets.of_one_class()
+    assert objects.labels_N.is_meta and objects.labels_N is not targets.labels_N
+    assert objects.boxes_cxcywh_N4 is targets.boxes_cxcywh_N4 and objects.counts_B == targets.counts_B
+
+
 @pytest.mark.parametrize("classification", ["focal", "softmax"])
 def test_empty_images_give_a_loss_and_a_gradient(classification):
     logits, boxes, targets = problem(counts=(0, 0))

@@ -1,0 +1,187 @@
+"""Forward and backward of a detector as CUDA graphs: one launch each, where the processor would launch thousands.
+
+A GPU of today computes the kernels of one or two images faster than Python and torch can launch them. A graph is
+recorded for one size of batch, so batches are padded to multiples of GRAIN pixels, and each size met is recorded once.
+
+# B image, H and W height and width of the padded batch
+"""
+
+import contextlib
+import gc
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from framework.models.detector import Detector, Predictions
+
+GRAIN = 64  # pixels
+MOST_GRAPHS = 192  # of the sizes met last, some 15 MiB each; multi-scale training at published sizes meets fewer
+
+
+class Graphs:
+    """Takes the place of `detector.forward` where it trains; evaluation is as before.
+
+    Results are those of the batch padded so far, with the same draws of dropout; all graphs share the memory of
+    activations. Weights have to stay where they are (ZeRO 0 to 2); where they moved, graphs are recorded anew.
+    Source: the scheme of torch.cuda.make_graphed_callables, for many sizes, and for weights that hooks wait for.
+    """
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector, self.run = detector, detector.forward
+        self.weights = [weight for weight in detector.parameters() if weight.requires_grad]
+        self.gradients: Tensor | None = None  # of all weights; every graph writes them there
+        self.addresses: list[int] = []
+        self.recorded: OrderedDict[Any, _Recorded] = OrderedDict()
+        self.images: Tensor | None = None  # room for those of the largest batch so far; every graph reads them there
+        self.pool: Any = None
+        self.stream: torch.cuda.Stream | None = None  # one: memory that was freed on it is used again on it only
+        detector.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, images_B3HW: Tensor, padding_BHW: Tensor | None = None) -> Predictions:
+        if not (self.detector.training and torch.is_grad_enabled() and images_B3HW.is_cuda):
+            return self.run(images_B3HW, padding_BHW)
+        addresses = [weight.data_ptr() for weight in self.weights]
+        if addresses != self.addresses:
+            self.recorded.clear()
+            self.addresses, self.pool = addresses, torch.cuda.graph_pool_handle()
+            self.stream = self.stream or torch.cuda.Stream(images_B3HW.device)
+            self.gradients = torch.empty(sum(map(Tensor.numel, self.weights)), device=images_B3HW.device)
+        shape, padded = padded_shape(images_B3HW)
+        masked = padded or padding_BHW is not None
+        lower = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = shape, masked, lower
+        graphs = self.recorded.pop(key, None) or self._record(*key, device=images_B3HW.device)
+        self.recorded[key] = graphs
+        if len(self.recorded) > MOST_GRAPHS:
+            self.recorded.popitem(last=False)
+        fill(images_B3HW, padding_BHW, graphs.images_B3HW, graphs.padding_BHW)
+        return as_predictions(_Replay.apply(graphs, *self.weights))
+
+    def _record(self, shape: tuple[int, ...], masked: bool, lower: torch.dtype | None, device: torch.device) -> Any:
+        assert self.gradients is not None
+        if self.images is None or math.prod(shape) > len(self.images):
+            self.images = torch.zeros(math.prod(shape), device=device)
+        images_B3HW = self.images[: math.prod(shape)].view(shape)
+        padding_BHW = torch.zeros(shape[0], *shape[2:], dtype=torch.bool, device=device) if masked else None
+
+        def run() -> tuple[list[Tensor], list[Tensor]]:
+            leaves = [weight.detach().requires_grad_() for weight in self.weights]
+            lowered = torch.autocast("cuda", lower or torch.float32, enabled=lower is not None, cache_enabled=False)
+            with lowered, in_place_of(self.weights, leaves, self.detector):
+                return as_tensors(self.run(images_B3HW, padding_BHW)), leaves
+
+        return _Recorded(run, images_B3HW, padding_BHW, self.gradients, self.weights, self.pool, self.stream)
+
+
+@contextlib.contextmanager
+def in_place_of(weights: Sequence[Tensor], leaves: Sequence[Tensor], module: nn.Module) -> Iterator[None]:
+    """The module computes with these leaves, which have the weights' memory: nothing of the weights' hooks, nor of the
+    stream they were made on, may enter a graph. (torch.func.functional_call does not give tied weights back.)"""
+    leaf_of = {id(weight): leaf for weight, leaf in zip(weights, leaves, strict=True)}
+    places = [(one._parameters, name) for one in module.modules() for name in one._parameters]
+    before = [parameters[name] for parameters, name in places]
+    try:
+        for (parameters, name), weight in zip(places, before, strict=True):
+            parameters[name] = leaf_of.get(id(weight), weight)  # type: ignore[assignment]
+        yield
+    finally:
+        for (parameters, name), weight in zip(places, before, strict=True):
+            parameters[name] = weight
+
+
+class _Recorded:
+    """The two graphs of one size; inputs, outputs and gradients are in memory that stays where it is."""
+
+    def __init__(
+        self, run: Callable[[], tuple[list[Tensor], list[Tensor]]], images_B3HW: Tensor, padding_BHW: Tensor | None,
+        gradients: Tensor, weights: Sequence[Tensor], pool: Any, aside: Any,
+    ) -> None:  # fmt: skip
+        self.images_B3HW, self.padding_BHW, self.gradients, self.weights = images_B3HW, padding_BHW, gradients, weights
+        device = images_B3HW.device
+        draws = torch.cuda.get_rng_state(device)
+        # Libraries are loaded, and choose their kernels, before: neither can be recorded.
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            outputs, leaves = run()
+            torch.autograd.grad(outputs, leaves, [torch.zeros_like(one) for one in outputs], allow_unused=True)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        del outputs, leaves
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # thread_local: other threads (the loader's, NCCL's) go on as they like.
+        settings: dict[str, Any] = {"pool": pool, "stream": aside, "capture_error_mode": "thread_local"}
+        with without_garbage_collection():
+            with torch.cuda.graph(self.forward, **settings):
+                outputs, leaves = run()
+            self.output_gradients = [torch.zeros_like(one) for one in outputs]
+            with torch.cuda.graph(self.backward, **settings):
+                found = torch.autograd.grad(outputs, leaves, self.output_gradients, allow_unused=True)
+                places = torch._utils._unflatten_dense_tensors(gradients, weights)
+                pairs = [(place, one) for place, one in zip(places, found, strict=True) if one is not None]
+                torch._foreach_copy_([place for place, _ in pairs], [one for _, one in pairs])
+        self.used = [one is not None for one in found]
+        self.outputs = [one.detach() for one in outputs]
+        torch.cuda.set_rng_state(draws, device)
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Graphs that are no longer used must not be freed while others are recorded."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graphs: _Recorded, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.graphs = graphs
+        graphs.forward.replay()
+        return tuple(output.clone() for output in graphs.outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        graphs = ctx.graphs
+        torch._foreach_copy_(graphs.output_gradients, gradients)
+        graphs.backward.replay()
+        # A copy: until they are summed up or sent, the next micro-batch would write over them.
+        found = torch._utils._unflatten_dense_tensors(graphs.gradients.clone(), graphs.weights)
+        return None, *(one if used else None for one, used in zip(found, graphs.used, strict=True))
+
+
+def padded_shape(images_B3HW: Tensor) -> tuple[tuple[int, ...], bool]:
+    """Its shape, sides rounded up to multiples of GRAIN, and whether that is another one."""
+    *others, height, width = images_B3HW.shape
+    shape = (*others, -(-height // GRAIN) * GRAIN, -(-width // GRAIN) * GRAIN)
+    return shape, shape != tuple(images_B3HW.shape)
+
+
+def fill(images: Tensor, padding: Tensor | None, to_images: Tensor, to_padding: Tensor | None) -> None:
+    """A batch into the upper left corner of a larger one (B, 3, H, W), and of its mask (B, H, W), True beside it."""
+    height, width = images.shape[-2:]
+    if images.shape != to_images.shape:
+        to_images.zero_()
+    to_images[..., :height, :width] = images
+    if to_padding is not None:
+        to_padding.fill_(True)
+        to_padding[:, :height, :width] = False if padding is None else padding
+
+
+def as_tensors(predictions: Predictions) -> list[Tensor]:
+    proposals = as_tensors(predictions.proposals) if predictions.proposals is not None else []
+    return [predictions.logits_KBQC, predictions.boxes_KBQ4, *proposals]
+
+
+def as_predictions(tensors: Sequence[Tensor]) -> Predictions:
+    logits_KBQC, boxes_KBQ4, *proposals = tensors
+    return Predictions(logits_KBQC, boxes_KBQ4, as_predictions(proposals) if proposals else None)

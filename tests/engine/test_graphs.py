@@ -1,0 +1,136 @@
+"""CUDA graphs: what they compute is what the detector computes, for every size of batch; nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+
+from framework.data.batch import blank_batch
+from framework.engine import graphs
+from framework.engine.ds_config import EngineConfig, autocast, deepspeed_config
+from framework.engine.graphs import GRAIN, Graphs, as_tensors, fill, in_place_of, padded_shape
+from framework.errors import UsageError
+from framework.losses.criterion import Criterion
+from framework.losses.matcher import LossConfig
+from framework.models.build import ModelConfig, build_detector
+from tests.engine.test_waits import MODELS
+from tests.engine.tiny import batch_of, tiny_detector
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def test_a_batch_goes_into_the_corner_of_a_larger_one():
+    images, padding = torch.rand(2, 3, 70, 128), torch.rand(2, 70, 128) > 0.5
+    shape, padded = padded_shape(images)
+    assert (shape, padded) == ((2, 3, 128, 128), True) and GRAIN == 64
+    larger, mask = torch.ones(shape), torch.zeros(2, 128, 128, dtype=torch.bool)
+    fill(images, padding, larger, mask)
+    assert larger[..., :70, :].equal(images) and not larger[..., 70:, :].any()
+    assert mask[:, :70].equal(padding) and mask[:, 70:].all()
+    fill(images, None, larger, mask)
+    assert not mask[:, :70].any() and mask[:, 70:].all()
+    assert padded_shape(larger) == (shape, False)
+
+
+def test_on_a_cpu_the_detector_computes_as_before_and_the_key_is_refused():
+    detector, inputs = tiny_detector().train(), batch_of(0).inputs("cpu")
+    torch.manual_seed(0)
+    before = detector(*inputs).logits_KBQC
+    Graphs(detector)
+    torch.manual_seed(0)
+    assert detector(*inputs).logits_KBQC.equal(before)
+    settings = dict(device=torch.device("cpu"), global_batch=2, micro_batch=2, accumulation=1, clip_norm=1.0)
+    with pytest.raises(UsageError, match="engine.cuda_graphs: found true on a machine without GPU"):
+        deepspeed_config(EngineConfig(cuda_graphs=True), **settings)
+    for other in ({"zero_stage": 3}, {"activation_checkpointing": True}):
+        with pytest.raises(UsageError, match="engine.cuda_graphs, engine.zero_stage"):
+            EngineConfig(cuda_graphs=True, **other)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_leaves_stand_in_for_the_weights_tied_ones_too_for_one_call(config: ModelConfig):
+    torch.manual_seed(0)
+    detector = build_detector(config)
+    weights = [weight for weight in detector.parameters() if weight.requires_grad]
+    leaves = [weight.detach().requires_grad_() for weight in weights]
+    before = dict(detector.named_parameters(remove_duplicate=False))
+    for _ in range(2):
+        with in_place_of(weights, leaves, detector):
+            outputs = as_tensors(detector(torch.rand(2, 3, 64, 96)))
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(one) for one in outputs])  # each of them was used
+        after = dict(detector.named_parameters(remove_duplicate=False))
+        assert list(before) == list(after) and all(before[name] is after[name] for name in before)
+
+
+def losses_and_gradients(detector, inputs, targets, criterion, precision):
+    torch.manual_seed(7)
+    with autocast(EngineConfig(precision=precision), torch.device("cuda")):
+        predictions = detector(*inputs)
+    losses = criterion(predictions, targets, 4.0)
+    criterion.total(losses).backward()
+    return losses
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_losses_and_gradients_are_the_detectors(config: ModelConfig, precision: str):
+    torch.manual_seed(0)
+    plain = build_detector(config).cuda().train()
+    recorded = copy.deepcopy(plain)
+    record, criterion = Graphs(recorded), Criterion(LossConfig(), config.classification)
+    hooks = [weight.expand_as(weight).grad_fn for weight in recorded.parameters()]  # as DeepSpeed keeps them
+    rel = {"fp32": 1e-4, "bf16": 3e-2}[precision]
+    sizes = [[(70, 96), (96, 64)], [(128, 128)] * 2, [(70, 96), (96, 64)], [(64, 200), (30, 190)]]
+    for accumulated in range(2):
+        for sizes_hw in sizes:
+            batch = blank_batch(sizes_hw, boxes=2)
+            batch.pixels_P.random_(0, 255)
+            images, padding = batch.inputs("cuda")
+            shape, padded = padded_shape(images)
+            larger = torch.zeros(shape, device="cuda")
+            mask = None if padding is None and not padded else torch.zeros(2, *shape[2:], dtype=torch.bool).cuda()
+            fill(images, padding, larger, mask)
+            targets = batch.targets.to("cuda")
+            expected = losses_and_gradients(plain, (larger, mask), targets, criterion, precision)
+            found = losses_and_gradients(recorded, (images, padding), targets, criterion, precision)
+            for name, loss in expected.items():
+                assert found[name].item() == pytest.approx(loss.item(), rel=rel, abs=rel), (name, sizes_hw)
+        for (name, weight), other in zip(plain.named_parameters(), recorded.parameters(), strict=True):
+            assert (weight.grad is None) == (other.grad is None), name
+            if weight.grad is not None:
+                off = (weight.grad - other.grad).norm() / weight.grad.norm().clamp(min=1e-3)
+                assert off < 10 * rel, (name, accumulated, off.item())
+    assert len(record.recorded) == 3 and len(hooks) > 0
+    with torch.no_grad():
+        for weight in (*plain.parameters(), *recorded.parameters()):
+            weight.mul_(0.9)  # in place: the same graphs
+    torch.manual_seed(7)
+    with autocast(EngineConfig(precision=precision), torch.device("cuda")):
+        expected = plain(larger, mask).boxes_KBQ4
+        torch.manual_seed(7)
+        found = recorded(images, padding).boxes_KBQ4
+    assert (found - expected).abs().max() < rel and len(record.recorded) == 3
+    with torch.no_grad():
+        recorded.eval()(images, padding)  # not by a graph
+        plain.eval()
+    for weight in recorded.parameters():
+        weight.data = weight.data.clone()
+    recorded.train()(images, padding)
+    assert len(record.recorded) == 1
+
+
+@gpu
+@needs_gpu
+def test_the_sizes_met_last_are_kept_and_their_memory_is_shared(monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    detector = tiny_detector().cuda().train()
+    record, taken = Graphs(detector), []
+    for side in (512, 128, 256, 320, 384, 448, 512):
+        detector(torch.rand(2, 3, side, side, device="cuda")).logits_KBQC.sum().backward()
+        torch.cuda.synchronize()
+        taken.append(torch.cuda.memory_reserved())
+    assert [key[0][-1] for key in record.recorded] == [448, 512]
+    assert taken[-1] < 2 * taken[0]
