@@ -480,6 +480,9 @@ class Experiment:
         runs = [run for run in self.plan("attention", 1) if self.folder(run)]
         if not runs:
             return
+        self.write(
+            "where they look", {"runs": [self.row(run) | {"stopped after": run.until} for run in runs]}, "attention"
+        )
         seen = [[picture(self.work / run.name, "attention/0", epoch) for run in runs] for epoch in LOOKED_AT]
         widths = [one.shape[1] / one.shape[0] for one in seen[0]]
         figure, panels = pyplot.subplots(

@@ -23,7 +23,7 @@ from framework.engine import checkpoint
 from framework.engine.checkpoint import Checkpoints
 from framework.engine.ds_config import deepspeed_config, start_engine
 from framework.engine.ema import Ema
-from framework.engine.graphs import Graphs
+from framework.engine.graphs import GRAIN, Graphs
 from framework.engine.guard import Guard
 from framework.engine.incarnation import Incarnation
 from framework.engine.lifecycle import SAVED, Lifecycle, patience
@@ -101,7 +101,8 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     meter = Meter(ranks, state.get("bad_samples", ()), stragglers)
     guard = Guard(config.guard, ranks, state.get("guard"))
     if config.train.rehearse and ranks.device.type == "cuda":
-        rehearse(engine, criterion, *train_set.largest(at.epoch), ranks=ranks)
+        grain = GRAIN if config.engine.cuda_graphs else 1
+        rehearse(engine, criterion, *train_set.largest(at.epoch, grain), ranks=ranks, grain=grain)
 
     per_epoch = train_set.steps_per_epoch
     end = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)

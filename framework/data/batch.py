@@ -149,10 +149,10 @@ def images_in(pixels_P: Any, sizes_hw: Sequence[tuple[int, int]]) -> list[Any]:
     return [pixels_P[end - 3 * h * w : end].reshape(h, w, 3) for end, (h, w) in zip(ends, sizes_hw, strict=True)]
 
 
-def padded_pixels(sizes_hw: Sequence[tuple[int, int]]) -> int:
-    """Of a micro-batch of images of these sizes."""
-    heights, widths = zip(*sizes_hw, strict=True)
-    return len(sizes_hw) * max(heights) * max(widths)
+def padded_pixels(sizes_hw: Sequence[tuple[int, int]], grain: int) -> int:
+    """Of a micro-batch of images of these sizes, whose sides are padded to multiples of grain."""
+    height, width = (-(-max(sides) // grain) * grain for sides in zip(*sizes_hw, strict=True))
+    return len(sizes_hw) * height * width
 
 
 def blank_batch(sizes_hw: Sequence[tuple[int, int]], boxes: int) -> Batch:

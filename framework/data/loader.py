@@ -168,14 +168,14 @@ class TrainLoader:
         while step := list(islice(batches, self.accumulation)):
             yield step
 
-    def largest(self, epoch: int) -> tuple[list[tuple[int, int]], int]:
-        """Of this rank's micro-batches in the epoch the one that pads to the most pixels: sizes (height, width) of its
-        images after augmentation, and its number of boxes. From the index alone."""
+    def largest(self, epoch: int, grain: int = 1) -> tuple[list[tuple[int, int]], int]:
+        """Of this rank's micro-batches in the epoch the one that pads to the most pixels, sides to multiples of grain:
+        sizes (height, width) of its images after augmentation, and its number of boxes. From the index alone."""
         order = epoch_order(len(self.source), self.seed, epoch, self.config.order, self.source.index["shard"])
         size_hw_of = partial(self._size_hw, partial(_training_geometry_of, self.config, self.seed, epoch))
         plan = _training_plan(order, range(self.steps_per_epoch), self.global_batch, self.micro_batch, self.rank,
                               self.world, size_hw_of if self.config.group_by_shape else None)  # fmt: skip
-        sized = ((padded_pixels(sizes_hw := [size_hw_of(i) for i in samples.tolist()]), sizes_hw, samples)
+        sized = ((padded_pixels(sizes_hw := [size_hw_of(i) for i in samples.tolist()], grain), sizes_hw, samples)
                  for samples in plan)  # fmt: skip
         _, sizes_hw, samples = max(sized, key=lambda one: one[0])
         return sizes_hw, int(self.source.index["boxes"][samples[samples != MASKED]].sum())

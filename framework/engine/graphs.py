@@ -26,8 +26,10 @@ MOST_GRAPHS = 192  # of the sizes met last, some 15 MiB each; multi-scale traini
 class Graphs:
     """Takes the place of `detector.forward` where it trains; evaluation is as before.
 
-    Results are those of the batch padded so far, with the same draws of dropout; all graphs share the memory of
-    activations. Weights have to stay where they are (ZeRO 0 to 2); where they moved, graphs are recorded anew.
+    Results are those of the batch padded so far, with the same draws of dropout. All graphs share the memory of
+    activations: a backward pass has to come before the next forward pass, else RuntimeError. Before a size is recorded
+    it is computed once without a graph, beside that memory: it has to be there twice, which the first recording tries.
+    Weights have to stay where they are (ZeRO 0 to 2); where they moved, graphs are recorded anew.
     Source: the scheme of torch.cuda.make_graphed_callables, for many sizes, and for weights that hooks wait for.
     """
 
@@ -37,7 +39,8 @@ class Graphs:
         self.gradients: Tensor | None = None  # of all weights; every graph writes them there
         self.addresses: list[int] = []
         self.recorded: OrderedDict[Any, _Recorded] = OrderedDict()
-        self.images: Tensor | None = None  # room for those of the largest batch so far; every graph reads them there
+        self.passes = 0  # forward passes so far
+        self.images: Tensor | None = None  # room for those of the largest batch so far; graphs read them there
         self.pool: Any = None
         self.stream: torch.cuda.Stream | None = None  # one: memory that was freed on it is used again on it only
         detector.forward = self.forward  # type: ignore[method-assign]
@@ -45,7 +48,7 @@ class Graphs:
     def forward(self, images_B3HW: Tensor, padding_BHW: Tensor | None = None) -> Predictions:
         if not (self.detector.training and torch.is_grad_enabled() and images_B3HW.is_cuda):
             return self.run(images_B3HW, padding_BHW)
-        addresses = [weight.data_ptr() for weight in self.weights]
+        addresses = [one.data_ptr() for one in (*self.detector.parameters(), *self.detector.buffers())]
         if addresses != self.addresses:
             self.recorded.clear()
             self.addresses, self.pool = addresses, torch.cuda.graph_pool_handle()
@@ -60,7 +63,8 @@ class Graphs:
         if len(self.recorded) > MOST_GRAPHS:
             self.recorded.popitem(last=False)
         fill(images_B3HW, padding_BHW, graphs.images_B3HW, graphs.padding_BHW)
-        return as_predictions(_Replay.apply(graphs, *self.weights))
+        self.passes += 1
+        return as_predictions(_Replay.apply(self, graphs, *self.weights))
 
     def _record(self, shape: tuple[int, ...], masked: bool, lower: torch.dtype | None, device: torch.device) -> Any:
         assert self.gradients is not None
@@ -75,7 +79,8 @@ class Graphs:
             with lowered, in_place_of(self.weights, leaves, self.detector):
                 return as_tensors(self.run(images_B3HW, padding_BHW)), leaves
 
-        return _Recorded(run, images_B3HW, padding_BHW, self.gradients, self.weights, self.pool, self.stream)
+        return _Recorded(run, images_B3HW, padding_BHW, self.gradients, self.weights, self.pool, self.stream,
+                         first=not self.recorded)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -99,18 +104,12 @@ class _Recorded:
 
     def __init__(
         self, run: Callable[[], tuple[list[Tensor], list[Tensor]]], images_B3HW: Tensor, padding_BHW: Tensor | None,
-        gradients: Tensor, weights: Sequence[Tensor], pool: Any, aside: Any,
+        gradients: Tensor, weights: Sequence[Tensor], pool: Any, aside: Any, *, first: bool,
     ) -> None:  # fmt: skip
         self.images_B3HW, self.padding_BHW, self.gradients, self.weights = images_B3HW, padding_BHW, gradients, weights
         device = images_B3HW.device
         draws = torch.cuda.get_rng_state(device)
-        # Libraries are loaded, and choose their kernels, before: neither can be recorded.
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            outputs, leaves = run()
-            torch.autograd.grad(outputs, leaves, [torch.zeros_like(one) for one in outputs], allow_unused=True)
-        torch.cuda.current_stream(device).wait_stream(aside)
-        del outputs, leaves
+        warm_up(run, aside)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: other threads (the loader's, NCCL's) go on as they like.
         settings: dict[str, Any] = {"pool": pool, "stream": aside, "capture_error_mode": "thread_local"}
@@ -125,7 +124,18 @@ class _Recorded:
                 torch._foreach_copy_([place for place, _ in pairs], [one for _, one in pairs])
         self.used = [one is not None for one in found]
         self.outputs = [one.detach() for one in outputs]
+        if first:
+            warm_up(run, aside)
         torch.cuda.set_rng_state(draws, device)
+
+
+def warm_up(run: Callable[[], tuple[list[Tensor], list[Tensor]]], stream: Any) -> None:
+    """Libraries are loaded, and choose their kernels, before: neither can be recorded."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        outputs, leaves = run()
+        torch.autograd.grad(outputs, leaves, [torch.zeros_like(one) for one in outputs], allow_unused=True)
+    torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
 @contextlib.contextmanager
@@ -143,8 +153,8 @@ def without_garbage_collection() -> Iterator[None]:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graphs: _Recorded, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.graphs = graphs
+    def forward(ctx: Any, owner: Graphs, graphs: _Recorded, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.owner, ctx.graphs, ctx.number = owner, graphs, owner.passes
         graphs.forward.replay()
         return tuple(output.clone() for output in graphs.outputs)
 
@@ -152,11 +162,14 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         graphs = ctx.graphs
+        if ctx.number != ctx.owner.passes:
+            raise RuntimeError("engine.cuda_graphs: the backward pass of a forward pass that another one has followed, "
+                               "whose activations took its memory; set engine.cuda_graphs=false")  # fmt: skip
         torch._foreach_copy_(graphs.output_gradients, gradients)
         graphs.backward.replay()
         # A copy: until they are summed up or sent, the next micro-batch would write over them.
         found = torch._utils._unflatten_dense_tensors(graphs.gradients.clone(), graphs.weights)
-        return None, *(one if used else None for one, used in zip(found, graphs.used, strict=True))
+        return None, None, *(one if used else None for one, used in zip(found, graphs.used, strict=True))
 
 
 def padded_shape(images_B3HW: Tensor) -> tuple[tuple[int, ...], bool]:

@@ -13,16 +13,19 @@ from framework.errors import UsageError
 from framework.losses.criterion import Criterion
 
 
-def rehearse(engine: Any, criterion: Criterion, sizes_hw: list[tuple[int, int]], boxes: int, *, ranks: Ranks) -> None:
+def rehearse(
+    engine: Any, criterion: Criterion, sizes_hw: list[tuple[int, int]], boxes: int, *, ranks: Ranks, grain: int = 1
+) -> None:
     """Forward and backward of the largest micro-batch of all ranks; its loss is NaN when it goes back, so nothing is
     applied.
 
-    sizes_hw, boxes: of the images of this rank's largest micro-batch. Collective.
+    sizes_hw, boxes: of the images of this rank's largest micro-batch, sides being padded to multiples of grain.
+    Collective.
     Raises UsageError: memory does not suffice here; says how many of the images fit (below ZeRO 3, where that can be
     tried without the other ranks), and what helps.
     """
     shares_of(engine)  # makes the moments, which the first step would make
-    sizes_hw, boxes = max(ranks.all_gather_objects((sizes_hw, boxes)), key=lambda one: padded_pixels(one[0]))
+    sizes_hw, boxes = max(ranks.all_gather_objects((sizes_hw, boxes)), key=lambda one: padded_pixels(one[0], grain))
     largest = blank_batch(sizes_hw, boxes)
     scaler = loss_scaler(engine)
     before = dict(vars(scaler)) if scaler is not None else {}

@@ -46,11 +46,10 @@ class Criterion:
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        of_terms = [[loss for name, loss in losses.items() if name.split("/")[0] == term] for term in self.weights]
-        sums = [
-            torch.stack(terms).sum() * weight for terms, weight in zip(of_terms, self.weights.values(), strict=True)
-        ]
-        return torch.stack(sums).sum()
+        of_terms: dict[str, list[Tensor]] = {}
+        for name, loss in losses.items():
+            of_terms.setdefault(name.split("/")[0], []).append(loss)
+        return torch.stack([self.weights[term] * torch.stack(terms).sum() for term, terms in of_terms.items()]).sum()
 
     def _losses(
         self, stage: Stage, query_KN: Tensor, num_boxes: float | Tensor, suffixes: list[str]

@@ -92,6 +92,9 @@ def test_the_docs_quote_the_recorded_runs():
     tables = recorded / "cpu" / "tables.json"
     for row in json.loads(tables.read_text())["sweep"]["runs"] if tables.exists() else []:
         assert f"| {row['model']} | {row['epochs']} | {row['learning rate']:g} | {row['AP']} |" in text
+    looked = json.loads(tables.read_text())["where they look"]["runs"]
+    for title, row in zip(("Deformable DETR has AP ", "DETR-DC5 "), looked, strict=True):
+        assert f"{title}{row['AP']}" in text and f"after {row['stopped after']} of {row['epochs']} epochs" in text
     for path in recorded.glob("cpu/*-seed[123]/run.json"):
         run = json.loads(path.read_text())
         title = experiment.MODELS[run["model"]].title

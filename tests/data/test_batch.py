@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from framework.data.batch import Example, collate, images_in, masked_example
+from framework.data.batch import Example, collate, images_in, masked_example, padded_pixels
 
 
 def example(image_id: int, height: int, width: int, boxes: int) -> Example:
@@ -31,6 +31,11 @@ def test_collate_puts_images_one_after_another():
     assert targets.labels_N.tolist() == [*examples[0].labels_N, *examples[2].labels_N]
     assert targets.labels_N.dtype == torch.int64
     assert np.array_equal(targets.boxes_cxcywh_N4[2:], examples[2].boxes_cxcywh_N4)
+
+
+def test_pixels_of_a_batch_with_sides_padded_to_a_grain():
+    assert padded_pixels([(801, 1200), (640, 1329)], 1) == 2 * 801 * 1329 < padded_pixels([(832, 1280)] * 2, 1)
+    assert padded_pixels([(801, 1200), (640, 1329)], 64) == 2 * 832 * 1344 > padded_pixels([(832, 1280)] * 2, 64)
 
 
 def test_images_of_one_size_have_no_mask():

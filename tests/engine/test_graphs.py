@@ -1,6 +1,7 @@
 """CUDA graphs: what they compute is what the detector computes, for every size of batch; nothing else changes."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,8 +64,37 @@ def test_leaves_stand_in_for_the_weights_tied_ones_too_for_one_call(config: Mode
         assert list(before) == list(after) and all(before[name] is after[name] for name in before)
 
 
-def losses_and_gradients(detector, inputs, targets, criterion, precision):
-    torch.manual_seed(7)
+class Doubled:
+    """As graphs are, but on a CPU: output = 2 * weight, in memory that stays where it is."""
+
+    def __init__(self, weights):
+        self.weights, self.used = weights, [True, False]
+        self.outputs, self.output_gradients = [torch.zeros(3)], [torch.zeros(3)]
+        self.gradients = torch.zeros(5)
+        self.forward = SimpleNamespace(replay=lambda: self.outputs[0].copy_(2 * weights[0].detach()))
+        self.backward = SimpleNamespace(replay=lambda: self.gradients[:3].copy_(2 * self.output_gradients[0]))
+
+
+def test_a_replay_s_results_stay_and_gradients_add_up():
+    weights = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+    owner, recorded = SimpleNamespace(passes=0), Doubled(weights)
+    [first] = graphs._Replay.apply(owner, recorded, *weights)
+    (first * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    with torch.no_grad():
+        weights[0].mul_(5)
+    owner.passes += 1
+    [second] = graphs._Replay.apply(owner, recorded, *weights)
+    second.sum().backward()
+    assert first.tolist() == [2, 2, 2] and second.tolist() == [10, 10, 10]
+    assert weights[0].grad.tolist() == [4, 6, 8] and weights[1].grad is None
+    [third] = graphs._Replay.apply(owner, recorded, *weights)
+    owner.passes += 1
+    with pytest.raises(RuntimeError, match="engine.cuda_graphs: the backward pass of a forward pass that another one"):
+        third.sum().backward()
+
+
+def losses_and_gradients(detector, inputs, targets, criterion, precision, seed):
+    torch.manual_seed(seed)
     with autocast(EngineConfig(precision=precision), torch.device("cuda")):
         predictions = detector(*inputs)
     losses = criterion(predictions, targets, 4.0)
@@ -85,7 +115,7 @@ def test_losses_and_gradients_are_the_detectors(config: ModelConfig, precision: 
     rel = {"fp32": 1e-4, "bf16": 3e-2}[precision]
     sizes = [[(70, 96), (96, 64)], [(128, 128)] * 2, [(70, 96), (96, 64)], [(64, 200), (30, 190)]]
     for accumulated in range(2):
-        for sizes_hw in sizes:
+        for i, sizes_hw in enumerate(sizes):
             batch = blank_batch(sizes_hw, boxes=2)
             batch.pixels_P.random_(0, 255)
             images, padding = batch.inputs("cuda")
@@ -94,8 +124,10 @@ def test_losses_and_gradients_are_the_detectors(config: ModelConfig, precision: 
             mask = None if padding is None and not padded else torch.zeros(2, *shape[2:], dtype=torch.bool).cuda()
             fill(images, padding, larger, mask)
             targets = batch.targets.to("cuda")
-            expected = losses_and_gradients(plain, (larger, mask), targets, criterion, precision)
-            found = losses_and_gradients(recorded, (images, padding), targets, criterion, precision)
+            expected = losses_and_gradients(plain, (larger, mask), targets, criterion, precision, 10 * accumulated + i)
+            found = losses_and_gradients(
+                recorded, (images, padding), targets, criterion, precision, 10 * accumulated + i
+            )
             for name, loss in expected.items():
                 assert found[name].item() == pytest.approx(loss.item(), rel=rel, abs=rel), (name, sizes_hw)
         for (name, weight), other in zip(plain.named_parameters(), recorded.parameters(), strict=True):
