@@ -24,6 +24,7 @@ from framework.data.order import MASKED, epoch_order, rank_share, step_micro_bat
 from framework.data.remote import is_remote
 from framework.engine import costs
 from framework.engine.ds_config import deepspeed_config
+from framework.engine.graphs import GRAIN
 from framework.engine.optimizer import learning_rates
 from framework.errors import FAILED, UsageError, command
 from framework.models.build import build_detector
@@ -48,6 +49,7 @@ Tables and, as the last line, their JSON go to stdout. GPUs are taken to be good
 others). What CUDA, cuDNN and the allocator take, and the loss's own intermediate results, are not in the memory."""
 
 GIB = 2**30
+FLOAT32_BYTES = 4
 GPUS_GB = (16, 24, 40, 80, 141)  # of V100 and T4, 4090, A100, A100 and H100, H200
 COUNTED = 0.9  # of a GPU's memory: the rest is for what is not counted, above all CUDA itself and the allocator's gaps
 
@@ -180,6 +182,8 @@ def stages_of(args: argparse.Namespace, config: Config, world: int, accumulation
     )["zero_optimization"]  # fmt: skip
 
     size_hw = tuple(args.size) if args.size else (max(config.data.sizes), config.data.max_size)
+    if engine.cuda_graphs:
+        size_hw = tuple(-(-side // GRAIN) * GRAIN for side in size_hw)
     batch = config.train.micro_batch
     alive = activations_of(size_hw, batch, config, dtype)
     rows: list[dict[str, Any]] = []
@@ -193,6 +197,8 @@ def stages_of(args: argparse.Namespace, config: Config, world: int, accumulation
         copies = added * used.itemsize if used != torch.float32 or config.model.backbone.norm == "frozen" else 0
         bytes_of = costs.memory(stage, setup)
         bytes_of["activations"] = alive[used, engine.activation_checkpointing].total() + copies
+        graphs = engine.cuda_graphs and stage < 3  # the activations of a size that is recorded, and gradients twice
+        bytes_of["graphs"] = graphs * (bytes_of["activations"] + 2 * setup.elements(trainable=True) * FLOAT32_BYTES)
         total = sum(size for name, size in bytes_of.items() if name != "host")
         collectives = [one._asdict() for one in costs.traffic(stage, setup)]
         rows.append({"stage": stage, "dtype": _short(used), "configured": stage == engine.zero_stage,
@@ -200,6 +206,7 @@ def stages_of(args: argparse.Namespace, config: Config, world: int, accumulation
     used = torch.float32 if engine.zero_stage == 0 else dtype
     kind = used, engine.activation_checkpointing
     of_image = activations_of(size_hw, batch + 1, config, dtype)[kind].total() - alive[kind].total()
+    of_image *= 1 + engine.cuda_graphs
     without = rows[engine.zero_stage]["memory"]["total"] - batch * of_image
     return {
         "parameters": setup.elements(), "trainable": setup.elements(trainable=True), "backbone_added": added,
@@ -235,7 +242,9 @@ def which_pays(stages: dict[str, Any], gpu_gib: float | None) -> dict[str, Any]:
     first = stages["stages"][0]["memory"]
     fits = [stage for stage, total in totals.items() if gpu_gib is not None and total <= gpu_gib * GIB]
     # The activations of one precision, so that the saving is ZeRO's and not bf16's.
-    states = {row["stage"]: row["memory"]["total"] - row["memory"]["activations"] for row in stages["stages"]}
+    others = ("activations", "graphs")
+    states = {row["stage"]: row["memory"]["total"] - sum(row["memory"][name] for name in others)
+              for row in stages["stages"]}  # fmt: skip
     bare = {row["stage"]: states[row["stage"]] - row["memory"]["buckets"] for row in stages["stages"]}
     least = min(states, key=lambda stage: states[stage])
     return {

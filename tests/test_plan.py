@@ -107,6 +107,18 @@ def test_sharding_pays_for_a_large_backbone_only(run):
     assert totals[0] > totals[1] > totals[2]
 
 
+def test_cuda_graphs_need_the_padded_batch_s_activations_twice(run):
+    """As much, by the plan, as a batch of the padded size needs, a second time, and two copies of the gradients."""
+    plain, graphs = (run(CLASSES, *more) for more in ([], ["engine.cuda_graphs=true"]))
+    padded = run("--size", "64", "128", "--", CLASSES)[2]
+    assert plain[2]["size_hw"] == [64, 96] and graphs[2]["size_hw"] == [64, 128]
+    assert "graphs" in graphs[1] and "graphs" not in plain[1]
+    memory, of_padded = (one["stages"][1]["memory"] for one in (graphs[2], padded))
+    assert memory["graphs"] == of_padded["activations"] + 2 * 4 * graphs[2]["trainable"]
+    assert memory["total"] == of_padded["total"] + memory["graphs"] and of_padded["graphs"] == 0
+    assert graphs[2]["largest_micro_batch"]["80"] < 0.55 * padded["largest_micro_batch"]["80"]
+
+
 def test_precision_checkpointing_and_offload_reach_the_plan(run):
     _, text, plain = run(CLASSES, "engine.precision=fp32")
     assert [row["dtype"] for row in plain["stages"]] == ["fp32"] * 4

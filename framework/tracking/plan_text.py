@@ -41,7 +41,8 @@ def schedule_text(schedule: list[dict[str, Any]] | None, config: Config) -> str:
 
 def memory_text(stages: dict[str, Any], config: Config) -> str:
     height, width = stages["size_hw"]
-    names = ["weights", "gradients", "buckets", "optimizer", "activations", "total"]
+    graphs = ["graphs"] * config.engine.cuda_graphs
+    names = ["weights", "gradients", "buckets", "optimizer", "activations", *graphs, "total"]
     rows = [["ZeRO", "", *names, ""]]
     for row in stages["stages"]:
         figures = [f"{row['memory'][name] / GIB:.2f}" for name in names]
