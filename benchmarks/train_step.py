@@ -12,9 +12,9 @@ every part is waited for, which the trainer does not do: `s` is of steps in a ro
 it in which kernels ran.
 --data SHARDS: images from the trainer's loader instead, its workers and augmentation included; `data s` is what a step
 waits for them and for their way to the device.
---profile FOLDER: what the GPU or CPU did in one step of the first side: operators.txt, and a trace for TensorBoard
+--profile FOLDER: what the GPU or CPU did in one step of `ops`: operators.txt, and a trace for TensorBoard
 (tensorboard --logdir FOLDER, with torch-tb-profiler installed) or ui.perfetto.dev.
-On a CPU the first side's step is also told by kind of layer: the profiler's own seconds of each operator.
+On a CPU that step is also told by kind of layer: the profiler's own seconds of each operator.
 Writes docs/results/train-step.{json,md}, on a GPU gpu-train-step.{json,md}.
 """
 

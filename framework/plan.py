@@ -19,6 +19,7 @@ import torch
 
 from framework import config as configuration
 from framework.config import Config
+from framework.data.batch import padded_side
 from framework.data.loader import TrainLoader
 from framework.data.order import MASKED, epoch_order, rank_share, step_micro_batches, steps_per_epoch
 from framework.data.remote import is_remote
@@ -183,7 +184,7 @@ def stages_of(args: argparse.Namespace, config: Config, world: int, accumulation
 
     size_hw = tuple(args.size) if args.size else (max(config.data.sizes), config.data.max_size)
     if engine.cuda_graphs:
-        size_hw = tuple(-(-side // GRAIN) * GRAIN for side in size_hw)
+        size_hw = tuple(padded_side(side, GRAIN) for side in size_hw)
     batch = config.train.micro_batch
     alive = activations_of(size_hw, batch, config, dtype)
     rows: list[dict[str, Any]] = []

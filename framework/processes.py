@@ -56,3 +56,15 @@ def _begin_work(parent: int, start: Callable[..., None] | None, arguments: tuple
     die_with_parent(parent)
     if start is not None:
         start(*arguments)
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Without the collector of cycles: it goes over many records again and again, and frees at any time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

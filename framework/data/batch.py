@@ -149,9 +149,14 @@ def images_in(pixels_P: Any, sizes_hw: Sequence[tuple[int, int]]) -> list[Any]:
     return [pixels_P[end - 3 * h * w : end].reshape(h, w, 3) for end, (h, w) in zip(ends, sizes_hw, strict=True)]
 
 
+def padded_side(side: int, grain: int) -> int:
+    """The next multiple of grain."""
+    return -(-side // grain) * grain
+
+
 def padded_pixels(sizes_hw: Sequence[tuple[int, int]], grain: int) -> int:
     """Of a micro-batch of images of these sizes, whose sides are padded to multiples of grain."""
-    height, width = (-(-max(sides) // grain) * grain for sides in zip(*sizes_hw, strict=True))
+    height, width = (padded_side(max(sides), grain) for sides in zip(*sizes_hw, strict=True))
     return len(sizes_hw) * height * width
 
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from framework.data.batch import padded_side
 from framework.models.detector import Detector, Predictions
+from framework.processes import without_collector
 
 GRAIN = 64  # pixels
 MOST_GRAPHS = 192  # of the sizes met last, some 15 MiB each; multi-scale training at published sizes meets fewer
@@ -113,7 +115,8 @@ class _Recorded:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: other threads (the loader's, NCCL's) go on as they like.
         settings: dict[str, Any] = {"pool": pool, "stream": aside, "capture_error_mode": "thread_local"}
-        with without_garbage_collection():
+        gc.collect()  # graphs that are no longer used must not be freed while others are recorded
+        with without_collector():
             with torch.cuda.graph(self.forward, **settings):
                 outputs, leaves = run()
             self.output_gradients = [torch.zeros_like(one) for one in outputs]
@@ -136,19 +139,6 @@ def warm_up(run: Callable[[], tuple[list[Tensor], list[Tensor]]], stream: Any) -
         outputs, leaves = run()
         torch.autograd.grad(outputs, leaves, [torch.zeros_like(one) for one in outputs], allow_unused=True)
     torch.cuda.current_stream(stream.device).wait_stream(stream)
-
-
-@contextlib.contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Graphs that are no longer used must not be freed while others are recorded."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Replay(torch.autograd.Function):
@@ -175,7 +165,7 @@ class _Replay(torch.autograd.Function):
 def padded_shape(images_B3HW: Tensor) -> tuple[tuple[int, ...], bool]:
     """Its shape, sides rounded up to multiples of GRAIN, and whether that is another one."""
     *others, height, width = images_B3HW.shape
-    shape = (*others, -(-height // GRAIN) * GRAIN, -(-width // GRAIN) * GRAIN)
+    shape = (*others, padded_side(height, GRAIN), padded_side(width, GRAIN))
     return shape, shape != tuple(images_B3HW.shape)
 
 

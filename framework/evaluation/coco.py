@@ -7,13 +7,12 @@ installed; a test holds the two equal.
 """
 
 import contextlib
-import gc
 import importlib.util
 import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from framework.errors import InputError, UsageError
 from framework.evaluation.detections import category_ids, joined, to_coco, top_detections
 from framework.models.detector import Predictions
+from framework.processes import without_collector
 
 if TYPE_CHECKING:
     from framework.data.loader import EvalLoader
@@ -186,7 +186,7 @@ def coco_metrics(
         "categories": [{"id": place, "name": str(place)} for place in range(len(categories))],
     }
     # Both packages print; hotcoco warns of sizes that are not COCO's, of which `table` tells.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _no_collector():
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), without_collector():
         warnings.filterwarnings("ignore", "hotcoco: area range bounds")
         truth, found = coco_class(), coco_class()
         truth.dataset = shared | {"annotations": _objects(ground_truth["annotations"], images, categories)}
@@ -211,18 +211,6 @@ def _evaluator(package: str) -> tuple[Any, Any]:
     from pycocotools.cocoeval import COCOeval
 
     return COCO, COCOeval
-
-
-@contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
-    """Without the collector of cycles, which goes over the many records again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _objects(annotations: list[dict[str, Any]], images: np.ndarray, categories: np.ndarray) -> list[dict[str, Any]]:
