@@ -4,7 +4,8 @@
                                     [--published FOLDER] [--transformers] [--data SHARDS]
 
 Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, optimizer; frozen batch norm, random
-weights. `ops`: with the compiled operators; `graphs`: so, on a GPU, with engine.cuda_graphs. `ops.reference`: the same
+weights. `ops`: with the compiled operators; `graphs`: so, on a GPU, with engine.cuda_graphs, and
+engine.compile_layers. `ops.reference`: the same
 model in plain torch (TENFOLD_OP=reference: grid_sample, torch's dropout; feed-forward layers of all tokens at once).
 --published, --transformers: other people's code, see benchmarks.rival_detectors, in float32 as published and, with
 another --precision, also in that. Sides take turns, each in a process of its own, and medians are compared. On a GPU
@@ -57,7 +58,12 @@ SIZE_HW = (800, 1066)
 BOXES = 20
 STEPS = {"cpu": 3, "cuda": 12}  # of a process; the first quarter does not count
 LOWER = " in lower precision"
-OURS = {"graphs": "compiled", "ops": "compiled", "ops.reference": "reference"}  # TENFOLD_OP of each
+OURS = {
+    "graphs, compiled layers": "compiled",
+    "graphs": "compiled",
+    "ops": "compiled",
+    "ops.reference": "reference",
+}  # TENFOLD_OP of each
 # Operators by kind of layer. Those in POINTWISE are the backbone's where they work on maps; a linear layer copies its
 # bias to where products are added, and sums up its gradient: matrices; the operator begins a gradient with zeros.
 KINDS = {
@@ -95,7 +101,7 @@ def main() -> int:
             json.dumps(Step(args.here, args).run(args.profile, tell_kinds=args.here == "ops" and args.device == "cpu"))
         )
         return 0
-    sides = [side for side in OURS if side != "graphs" or args.device == "cuda"]
+    sides = [side for side in OURS if not side.startswith("graphs") or args.device == "cuda"]
     for rival, asked in {"published": args.published, "transformers": args.transformers}.items():
         sides += [rival, *[rival + LOWER] * (args.precision != "fp32")] if asked else []
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -187,8 +193,8 @@ class Step:
         if side == "ops.reference":
             encoder.PIECE = sys.maxsize
         model, criterion = build_detector(config.model), Criterion(config.loss, config.model.classification)
-        if side == "graphs":
-            Graphs(model.to(self.device))
+        if side.startswith("graphs"):
+            Graphs(model.to(self.device), compile_layers="compiled" in side)
         losses.match = self.timed(losses.match)
 
         def loss_of(predictions: Any, targets: Targets) -> Tensor:
@@ -200,7 +206,7 @@ class Step:
         def matched(*arguments: Any, **named: Any) -> Any:
             began = self.clock()
             found = match(*arguments, **named)
-            self.matching_s.append(self.clock() - began)
+            self.matching_s[-1] += self.clock() - began
             return found
 
         return matched
@@ -208,6 +214,7 @@ class Step:
     def take(self, clock: Callable[[], float]) -> list[float]:
         """The times between its parts."""
         self.clock = clock
+        self.matching_s.append(0.0)
         times = [clock()]
         images, mask, targets = next(self.batches)
         times.append(clock())
@@ -233,7 +240,7 @@ class Step:
         parts = [self.take(self.waited) for _ in range(count)][max(count // 4, 1) :]
         names = ("data s", "forward s", "matching and loss s", "backward s", "optimizer s")
         seconds = {name: [times[i + 1] - times[i] for times in parts] for i, name in enumerate(names)}
-        if self.matching_s:
+        if any(self.matching_s):
             seconds["of it matching s"] = self.matching_s[-len(parts) :]
         if self.device.type == "cuda":
             began = self.waited()

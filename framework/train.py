@@ -92,7 +92,7 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
         micro_batch=config.train.micro_batch, accumulation=train_set.accumulation, clip_norm=config.optim.clip_norm,
     ))  # fmt: skip
     if config.engine.cuda_graphs:
-        Graphs(detector)
+        Graphs(detector, compile_layers=config.engine.compile_layers)
     criterion = Criterion(config.loss, config.model.classification)
     ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
     if last is not None:

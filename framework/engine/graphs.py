@@ -32,11 +32,17 @@ class Graphs:
     activations: a backward pass has to come before the next forward pass, else RuntimeError. Before a size is recorded
     it is computed once without a graph, beside that memory: it has to be there twice, which the first recording tries.
     Weights have to stay where they are (ZeRO 0 to 2); where they moved, graphs are recorded anew.
+
+    compile_layers: what is recorded of encoder and decoder layers are kernels that torch.compile makes: fewer passes
+    over memory. Dropout then draws other numbers.
     Source: the scheme of torch.cuda.make_graphed_callables, for many sizes, and for weights that hooks wait for.
     """
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: Detector, *, compile_layers: bool = False) -> None:
         self.detector, self.run = detector, detector.forward
+        layers = [*detector.encoder.layers, *detector.decoder.layers] if compile_layers else []
+        self.compiled = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
+        self.state = [*detector.parameters(), *detector.buffers()]
         self.weights = [weight for weight in detector.parameters() if weight.requires_grad]
         self.gradients: Tensor | None = None  # of all weights; every graph writes them there
         self.addresses: list[int] = []
@@ -50,7 +56,7 @@ class Graphs:
     def forward(self, images_B3HW: Tensor, padding_BHW: Tensor | None = None) -> Predictions:
         if not (self.detector.training and torch.is_grad_enabled() and images_B3HW.is_cuda):
             return self.run(images_B3HW, padding_BHW)
-        addresses = [one.data_ptr() for one in (*self.detector.parameters(), *self.detector.buffers())]
+        addresses = [one.data_ptr() for one in self.state]
         if addresses != self.addresses:
             self.recorded.clear()
             self.addresses, self.pool = addresses, torch.cuda.graph_pool_handle()
@@ -78,7 +84,7 @@ class Graphs:
         def run() -> tuple[list[Tensor], list[Tensor]]:
             leaves = [weight.detach().requires_grad_() for weight in self.weights]
             lowered = torch.autocast("cuda", lower or torch.float32, enabled=lower is not None, cache_enabled=False)
-            with lowered, in_place_of(self.weights, leaves, self.detector):
+            with lowered, in_place_of(self.weights, leaves, self.detector), computing_with(self.compiled):
                 return as_tensors(self.run(images_B3HW, padding_BHW)), leaves
 
         return _Recorded(run, images_B3HW, padding_BHW, self.gradients, self.weights, self.pool, self.stream,
@@ -99,6 +105,18 @@ def in_place_of(weights: Sequence[Tensor], leaves: Sequence[Tensor], module: nn.
     finally:
         for (parameters, name), weight in zip(places, before, strict=True):
             parameters[name] = weight
+
+
+@contextlib.contextmanager
+def computing_with(forwards: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
+    """Modules compute with these functions instead of their `forward`."""
+    try:
+        for module, forward in forwards:
+            module.forward = forward
+        yield
+    finally:
+        for module, _ in forwards:
+            del module.forward
 
 
 class _Recorded:

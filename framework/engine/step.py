@@ -13,7 +13,6 @@ from framework.engine.ranks import Ranks
 from framework.errors import InputError
 from framework.losses.criterion import Criterion
 from framework.losses.matcher import TooManyBoxes
-from framework.models.detector import Predictions
 
 
 def train_step(
@@ -34,11 +33,9 @@ def train_step(
         predictions = engine(*batch.inputs(ranks.device))
         try:
             losses = criterion(predictions, batch.targets.to(ranks.device), num_boxes)
-            total = criterion.total(losses)
-        except FloatingPointError:  # nothing can be assigned; the others wait for this rank's gradients
-            losses, total = {}, no_number(predictions)
         except TooManyBoxes as error:
             raise InputError(f"step {step + 1}: {error}; image ids of the batch: {batch.image_ids}") from error
+        total = criterion.total(losses)
         totals.append(total.detach())
         engine.backward(guard.unless_it_jumps(total))
         norm = replicated_gradient_norm(engine)
@@ -51,14 +48,6 @@ def train_step(
     guard.applied(sums["loss/total"])
     sums["grad_norm"] = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm, device=ranks.device)
     return dict(sums)
-
-
-def no_number(predictions: Predictions) -> Tensor:
-    """A loss that is NaN and reaches every weight that the real one would have reached."""
-    reached = [predictions.logits_KBQC.sum(), predictions.boxes_KBQ4.sum()]
-    if predictions.proposals is not None:
-        reached += [predictions.proposals.logits_KBQC.sum(), predictions.proposals.boxes_KBQ4.sum()]
-    return torch.stack(reached).sum() * torch.nan
 
 
 def replicated_gradient_norm(engine: Any) -> Tensor | None:

@@ -30,19 +30,17 @@ class Criterion:
     def __call__(self, predictions: Predictions, targets: Targets, num_boxes: float | Tensor) -> dict[str, Tensor]:
         """num_boxes: targets a micro-batch has on average over the global batch, at least 1.
 
-        Raises what `match` raises.
+        Where costs of matching are not finite, the losses of their layer and stage are NaN. Raises what `match` raises.
         """
         first = 0 if self.config.auxiliary else -1
-        stages = [Stage("decoder layer", predictions.logits_KBQC[first:], predictions.boxes_KBQ4[first:], targets)]
-        names = [[f"/layer{layer}" for layer in range(len(stages[0].logits_KBQC) - 1)] + [""]]
+        decoder = Stage(predictions.logits_KBQC[first:], predictions.boxes_KBQ4[first:], targets)
+        suffixes = [f"/layer{layer}" for layer in range(len(decoder.logits_KBQC) - 1)] + [""]
+        losses = self._losses(decoder, num_boxes, suffixes)
         if predictions.proposals is not None:  # proposals know objects only: every target is class 0
             proposals, objects = predictions.proposals, targets.of_one_class()
-            stages.append(Stage("proposal stage", proposals.logits_KBQC, proposals.boxes_KBQ4, objects))
-            names.append(["/proposals"])
-        matches = match(stages, classification=self.classification, config=self.config)
-        losses: dict[str, Tensor] = {}
-        for stage, query_KN, suffixes in zip(stages, matches, names, strict=True):
-            losses |= self._losses(stage, query_KN, num_boxes, suffixes)
+            losses |= self._losses(
+                Stage(proposals.logits_KBQC, proposals.boxes_KBQ4, objects), num_boxes, ["/proposals"]
+            )
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -51,18 +49,18 @@ class Criterion:
             of_terms.setdefault(name.split("/")[0], []).append(loss)
         return torch.stack([self.weights[term] * torch.stack(terms).sum() for term, terms in of_terms.items()]).sum()
 
-    def _losses(
-        self, stage: Stage, query_KN: Tensor, num_boxes: float | Tensor, suffixes: list[str]
-    ) -> dict[str, Tensor]:
+    def _losses(self, stage: Stage, num_boxes: float | Tensor, suffixes: list[str]) -> dict[str, Tensor]:
+        query_KN = match(stage, classification=self.classification, config=self.config)
         if self.classification == "focal":
             class_K = self._focal(stage.logits_KBQC, stage.targets, query_KN) / num_boxes
         else:
             class_K = self._cross_entropy(stage.logits_KBQC, stage.targets, query_KN)
         box_K, giou_K = matched_box_losses(stage.boxes_KBQ4, stage.targets, query_KN)
-        terms = {"class": class_K, "box": box_K / num_boxes, "giou": giou_K / num_boxes}
+        terms_3K = torch.stack([class_K, box_K / num_boxes, giou_K / num_boxes])
+        terms_3K = terms_3K * torch.where((query_KN < 0).any(1), torch.nan, 1.0)
         return {
             term + suffix: loss
-            for term, loss_K in terms.items()
+            for term, loss_K in zip(self.weights, terms_3K.unbind(), strict=True)
             for suffix, loss in zip(suffixes, loss_K.unbind(), strict=True)
         }
 

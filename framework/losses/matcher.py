@@ -3,18 +3,16 @@
 # B image, K decoder layer, Q query, C class, N target boxes of the batch, concatenated
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from framework.boxes import cxcywh_to_xyxy, generalized_iou
 from framework.data.batch import Targets
 from framework.errors import UsageError
+from ops import assign
 
 
 @dataclass(frozen=True)
@@ -44,69 +42,31 @@ class TooManyBoxes(ValueError):
 
 @dataclass
 class Stage:
-    """Predictions to be matched: logits (K, B, Q, C), boxes (K, B, Q, 4) in cxcywh fractions, and their targets.
+    """Predictions to be matched: logits (K, B, Q, C), boxes (K, B, Q, 4) in cxcywh fractions, and their targets."""
 
-    name: what its K layers are called in messages.
-    """
-
-    name: str
     logits_KBQC: Tensor
     boxes_KBQ4: Tensor
     targets: Targets
 
 
 @torch.no_grad()
-def match(stages: Sequence[Stage], *, classification: Literal["focal", "softmax"], config: LossConfig) -> list[Tensor]:
-    """Assign each target box to one query at least total cost, per stage, layer and image.
-
-    All costs come to the host in one copy.
+def match(stage: Stage, *, classification: Literal["focal", "softmax"], config: LossConfig) -> Tensor:
+    """Assign each target box to one query at least total cost, per layer and image. On a GPU nothing waits for it.
 
     Returns:
-        For each stage query_KN: int64 on the device of the logits; in layer k, query query_KN[k, n] explains target n.
+        query_KN: int64 on the device of the logits; in layer k, query query_KN[k, n] explains target n. -1 for all
+        targets of an image some of whose costs are not finite.
     Raises:
         TooManyBoxes: an image has more targets than there are queries.
-        FloatingPointError: a cost is not finite; names the layer and the image.
     Source: Carion et al. 2020, section 3.1; focal class cost of Zhu et al. 2021.
     """
-    for stage in stages:
-        queries = stage.logits_KBQC.shape[2]
-        for image, count in enumerate(stage.targets.counts_B):
-            if count > queries:
-                raise TooManyBoxes(
-                    f"image {image} of the batch has {count} boxes and the model {queries} queries: raise "
-                    "model.num_queries"
-                )
-    costs = [pair_costs(stage, classification, config) for stage in stages]
-    device = stages[0].logits_KBQC.device
-    return [
-        _on_device(_assign(stage, cost_KNQ.numpy()), device)
-        for stage, cost_KNQ in zip(stages, on_host(costs), strict=True)
-    ]
-
-
-def on_host(costs: Sequence[Tensor]) -> list[Tensor]:
-    """The same in one copy, the only thing of a step's forward and backward that the processor waits for."""
-    copied = torch.cat([cost.flatten() for cost in costs]).cpu()
-    return [part.view_as(cost) for part, cost in zip(copied.split([c.numel() for c in costs]), costs, strict=True)]
-
-
-def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _assign(stage: Stage, cost_KNQ: np.ndarray) -> Tensor:
-    query_KN = np.empty(cost_KNQ.shape[:2], dtype=np.int64)
-    starts = np.cumsum([0, *stage.targets.counts_B])
-    for layer in range(len(cost_KNQ)):
-        for image, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
-            cost_nQ = cost_KNQ[layer, start:stop]
-            if not np.isfinite(cost_nQ).all():
-                raise FloatingPointError(
-                    f"matching: a cost is not finite in {stage.name} {layer}, image {image} of the batch"
-                )
-            rows, columns = linear_sum_assignment(cost_nQ)
-            query_KN[layer, start:stop][rows] = columns
-    return torch.from_numpy(query_KN)
+    queries = stage.logits_KBQC.shape[2]
+    for image, count in enumerate(stage.targets.counts_B):
+        if count > queries:
+            raise TooManyBoxes(
+                f"image {image} of the batch has {count} boxes and the model {queries} queries: raise model.num_queries"
+            )
+    return assign(pair_costs(stage, classification, config), stage.targets.image_N, stage.targets.counts_B)
 
 
 def pair_costs(stage: Stage, classification: str, config: LossConfig) -> Tensor:

@@ -409,6 +409,35 @@ void dropout(const Tensor& x, std::optional<Tensor> other, const Tensor& seed, d
   });
 }
 
+#ifdef TENFOLD_CUDA_ARCHS
+Tensor assign(const Tensor& cost, const Tensor& image, int64_t images) {
+  const auto sizes = cost.sizes();
+  if (sizes.size() != 3) fail("cost: ", sizes.size(), " axes, expected (K, N, Q)");
+  Assignment a{sizes[0], images, sizes[1], sizes[2]};
+  check_like("cost", cost, cost, ScalarType::Float);
+  check_like("image", image, cost, ScalarType::Long);
+  check_shape("image", image, {a.N});
+  if (a.Q < 1 || a.Q > INT32_MAX / 2) fail("cost: Q = ", a.Q, ", expected 1 to ", INT32_MAX / 2);
+  if (a.K > 65535 || images > INT32_MAX) fail("cost: K = ", a.K, ", images: ", images, ", expected at most 65535");
+  const Tensor query = empty(cost, {a.K, a.N}, ScalarType::Long);
+  if (a.K == 0 || a.N == 0 || images == 0) return query;
+  const Tensor costs = torch::stable::contiguous(cost), image_of = torch::stable::contiguous(image);
+  const int64_t of_columns = a.K * a.B * a.Q;
+  const Tensor numbers = empty(cost, {2 * of_columns + a.K * a.N}, ScalarType::Double);
+  const Tensor indices = empty(cost, {3 * of_columns}, ScalarType::Int);
+  a.cost_KNQ = static_cast<const float*>(costs.const_data_ptr());
+  a.image_N = static_cast<const int64_t*>(image_of.const_data_ptr());
+  a.query_KN = static_cast<int64_t*>(query.mutable_data_ptr());
+  a.price_KBQ = static_cast<double*>(numbers.mutable_data_ptr());
+  a.distance_KBQ = a.price_KBQ + of_columns, a.price_KN = a.distance_KBQ + of_columns;
+  a.before_KBQ = static_cast<int*>(indices.mutable_data_ptr());
+  a.row_KBQ = a.before_KBQ + of_columns, a.done_KBQ = a.row_KBQ + of_columns;
+  const CudaStream at(cost);
+  check_launch(assign_cuda(a, at.device, at.stream));
+  return query;
+}
+#endif
+
 }  // namespace
 }  // namespace tenfold
 
@@ -423,6 +452,8 @@ STABLE_TORCH_LIBRARY(tenfold, m) {
   m.def("fused_ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] spatial_shapes, Tensor reference_points,"
         " Tensor sampling_offsets, Tensor attention_logits, bool references_too, bool deterministic)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
+  // cost (K, N, Q), image (N) of each target, ascending -> query (K, N). CUDA only: ops/assignment.py.
+  m.def("assign(Tensor cost, Tensor image, int images) -> Tensor");
   m.def("dropout(Tensor x, Tensor? other, Tensor seed, float p, int mode, Tensor(a!) out) -> ()");
 }
 
@@ -437,7 +468,10 @@ STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
   m.impl("dropout", TORCH_BOX(&tenfold::dropout));
 }
 #ifdef TENFOLD_CUDA_ARCHS
-STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) { TENFOLD_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) {
+  TENFOLD_IMPLEMENT(m);
+  m.impl("assign", TORCH_BOX(&tenfold::assign));
+}
 #endif
 
 // For ops/library.py, through ctypes.

@@ -51,4 +51,16 @@ struct Problem {
                 // bfloat16 there is no other way
 };
 
+// Targets to be assigned to queries, in K layers and B images, on a GPU.
+struct Assignment {
+  int64_t K, B, N, Q;       // N target of all images
+  const float* cost_KNQ;    // of the queries of the target's own image
+  const int64_t* image_N;   // ascending
+  int64_t* query_KN;        // the result; -1 for all targets of an image that has costs that are not finite
+  // To work with: prices of columns and rows, lengths of paths, the row before, the row of a column, the last search
+  // that reached it.
+  double *price_KBQ, *price_KN, *distance_KBQ;
+  int *before_KBQ, *row_KBQ, *done_KBQ;
+};
+
 }  // namespace tenfold

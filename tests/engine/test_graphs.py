@@ -1,6 +1,7 @@
 """CUDA graphs: what they compute is what the detector computes, for every size of batch; nothing else changes."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from framework.data.batch import blank_batch
 from framework.engine import graphs
 from framework.engine.ds_config import EngineConfig, autocast, deepspeed_config
-from framework.engine.graphs import GRAIN, Graphs, as_tensors, fill, in_place_of, padded_shape
+from framework.engine.graphs import GRAIN, Graphs, as_tensors, computing_with, fill, in_place_of, padded_shape
 from framework.errors import UsageError
 from framework.losses.criterion import Criterion
 from framework.losses.matcher import LossConfig
@@ -47,6 +48,8 @@ def test_on_a_cpu_the_detector_computes_as_before_and_the_key_is_refused():
     for other in ({"zero_stage": 3}, {"activation_checkpointing": True}):
         with pytest.raises(UsageError, match="engine.cuda_graphs, engine.zero_stage"):
             EngineConfig(cuda_graphs=True, **other)
+    with pytest.raises(UsageError, match="engine.compile_layers, engine.cuda_graphs: found true and false"):
+        EngineConfig(compile_layers=True)
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
@@ -62,6 +65,16 @@ def test_leaves_stand_in_for_the_weights_tied_ones_too_for_one_call(config: Mode
         torch.autograd.grad(outputs, leaves, [torch.ones_like(one) for one in outputs])  # each of them was used
         after = dict(detector.named_parameters(remove_duplicate=False))
         assert list(before) == list(after) and all(before[name] is after[name] for name in before)
+
+
+def test_other_functions_take_the_place_of_forward_for_one_call():
+    layer = torch.nn.Linear(2, 2)
+    x, plain = torch.rand(2), layer.forward
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), computing_with([(layer, lambda x: plain(x) * 2)]):
+            assert layer(x).equal(plain(x) * 2)
+            raise ZeroDivisionError
+        assert layer(x).equal(plain(x)) and "forward" not in vars(layer)
 
 
 class Doubled:
@@ -104,13 +117,16 @@ def losses_and_gradients(detector, inputs, targets, criterion, precision, seed):
 
 @gpu
 @needs_gpu
+@pytest.mark.parametrize("compile_layers", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_losses_and_gradients_are_the_detectors(config: ModelConfig, precision: str):
+def test_losses_and_gradients_are_the_detectors(config: ModelConfig, precision: str, compile_layers: bool):
+    torch._dynamo.reset()
     torch.manual_seed(0)
+    config = replace(config, dropout=0.0) if compile_layers else config  # compiled layers draw other numbers
     plain = build_detector(config).cuda().train()
     recorded = copy.deepcopy(plain)
-    record, criterion = Graphs(recorded), Criterion(LossConfig(), config.classification)
+    record, criterion = Graphs(recorded, compile_layers=compile_layers), Criterion(LossConfig(), config.classification)
     hooks = [weight.expand_as(weight).grad_fn for weight in recorded.parameters()]  # as DeepSpeed keeps them
     rel = {"fp32": 1e-4, "bf16": 3e-2}[precision]
     sizes = [[(70, 96), (96, 64)], [(128, 128)] * 2, [(70, 96), (96, 64)], [(64, 200), (30, 190)]]

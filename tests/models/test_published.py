@@ -172,9 +172,9 @@ def test_losses_and_gradients(published):
 @pytest.mark.data
 def test_assignment(published):
     predictions, targets = published.predictions, published.targets
-    stage = Stage("decoder layer", predictions.logits_KBQC[-1:], predictions.boxes_KBQ4[-1:], targets)
+    stage = Stage(predictions.logits_KBQC[-1:], predictions.boxes_KBQ4[-1:], targets)
     config, classification = published.criterion().config, VARIANTS[published.name].classification
-    [query_KN] = match([stage], classification=classification, config=config)
+    query_KN = match(stage, classification=classification, config=config)
     for image, (queries, boxes) in enumerate(published.numbers["indices"]):
         assert query_KN[0][targets.image_N == image][boxes].tolist() == torch.as_tensor(queries).tolist()
 

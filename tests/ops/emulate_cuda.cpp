@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "../../ops/csrc/cpu/kernels_of.h"
+#include "../../ops/csrc/cuda/assign.cuh"
 #include "../../ops/csrc/cuda/tiled.cuh"
 #include "problems.h"
 
@@ -135,6 +136,49 @@ static int64_t adds_of_encoder() {
   return float_adds;
 }
 
+// Whether nothing costs less than what the kernel assigns: its prices prove it, as dual solutions of the problem do. No
+// pair costs less than its target's price and its query's together, chosen pairs cost just that, and a query has a price
+// below 0 only where it is chosen. whole: costs are small whole numbers, many of them equal.
+template <int kThreadsOfBlock>
+static bool assigned(const std::vector<int>& counts_B, int queries, bool whole) {
+  constexpr int kLayers = 2;
+  const int images = static_cast<int>(counts_B.size());
+  std::vector<int64_t> image_N;
+  for (int b = 0; b < images; ++b) image_N.insert(image_N.end(), counts_B[b], b);
+  const int64_t targets = image_N.size(), columns = kLayers * images * queries;
+  std::vector<float> costs(kLayers * targets * queries);
+  for (float& cost : costs) cost = whole ? std::rand() % 4 : std::rand() / (RAND_MAX / 8.0f) - 4;
+  std::vector<int64_t> query(kLayers * targets, -2);
+  std::vector<double> numbers(2 * columns + kLayers * targets, std::nan(""));
+  std::vector<int> indices(3 * columns, 1 << 30);
+  double* price_KBQ = numbers.data();
+  int* before_KBQ = indices.data();
+  const Assignment a{kLayers, images, targets, queries, costs.data(), image_N.data(), query.data(),
+                     price_KBQ, price_KBQ + 2 * columns, price_KBQ + columns,
+                     before_KBQ, before_KBQ + columns, before_KBQ + 2 * columns};
+  const auto work = [&] { assign_kernel<kThreadsOfBlock>(a); };
+  if (!emulated::launch({images, kLayers}, kThreadsOfBlock, kAssignShared, work)) return false;
+  for (int64_t row = 0; row < kLayers * targets; ++row) {
+    const int64_t layer = row / targets, image = image_N[row % targets];
+    if (query[row] < 0 || query[row] >= queries) return false;
+    for (int64_t column = 0; column < queries; ++column) {
+      const int64_t at = (layer * images + image) * queries + column;
+      const double more = costs[row * queries + column] - a.price_KN[row] - a.price_KBQ[at];
+      if (!(more > -1e-9) || a.price_KBQ[at] > 0 || (a.row_KBQ[at] < 0 && a.price_KBQ[at] != 0)) return false;
+      if (column == query[row] && more > 1e-9) return false;
+    }
+    for (int64_t other = layer * targets; other < row; ++other) {
+      if (image_N[other % targets] == image && query[other] == query[row]) return false;
+    }
+  }
+  costs[targets * queries] = std::nanf("");  // of the first target of layer 1
+  emulated::launch({images, kLayers}, kThreadsOfBlock, kAssignShared, work);
+  for (int64_t row = 0; row < kLayers * targets; ++row) {
+    if ((query[row] == -1) != (row >= targets && image_N[row % targets] == image_N[0])) return false;
+  }
+  return true;
+}
+
 int main() {
   const std::vector<Level> levels = {{6, 4, 0}, {3, 11, 24}, {1, 1, 57}};
   int failed = 0;
@@ -172,6 +216,9 @@ int main() {
     p.mode = mode, p.dtype = Dtype::kFloat, p.B = 1, p.M = 3, p.E = 32, p.Q = 58, p.P = 4;
     failed += failures_of_tiled<float, 32>(completed(p, levels), 1e-3);
     failed += !generic<float, float>(completed(p, levels), 1e-3, false);
+  }
+  for (const bool whole : {false, true}) {
+    failed += !assigned<64>({3, 0, 5}, 5, whole) + !assigned<64>({60, 1}, 70, whole) + !assigned<1024>({4}, 2000, whole);
   }
   const int64_t corners = adds_of_encoder<Adds::kCorners>(), pixels = adds_of_encoder<Adds::kPixels>();
   std::printf("%d differ\n%.1f times fewer adds by pixels\n", failed, static_cast<double>(corners) / pixels);

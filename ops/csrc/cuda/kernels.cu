@@ -1,5 +1,6 @@
 // Starting the kernels.
 
+#include "assign.cuh"
 #include "launch.h"
 #include "tiled.cuh"
 
@@ -169,6 +170,17 @@ const char* sum_heads_cuda(const Problem& p, void* sums_BQLN, int device, void* 
     const int blocks = blocks_for(p.B * p.Q * p.L * p.N);
     sum_heads_kernel<A><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, static_cast<A*>(sums_BQLN));
   });
+}
+
+const char* assign_cuda(const Assignment& a, int device, void* stream) {
+  constexpr int kFew = 256, kMany = 1024;  // threads
+  const OnDevice guard(device);
+  const dim3 grid(static_cast<unsigned>(a.B), static_cast<unsigned>(a.K));
+  const auto start = [&](auto kernel, int threads) {
+    kernel<<<grid, threads, kAssignShared, static_cast<cudaStream_t>(stream)>>>(a);
+  };
+  a.Q > kMany ? start(assign_kernel<kMany>, kMany) : start(assign_kernel<kFew>, kFew);
+  return status();
 }
 
 }  // namespace tenfold

@@ -5,7 +5,7 @@
 
 namespace tenfold {
 
-// Both start the work on a stream (cudaStream_t) of a device and return at once: null, or what is wrong.
+// All start the work on a stream (cudaStream_t) of a device and return at once: null, or what is wrong.
 // Addresses are of that device's memory, but for levels_L.
 const char* forward_cuda(const Problem& p, int device, void* stream);
 
@@ -17,5 +17,7 @@ const char* from_fixed_cuda(const Problem& p, void* grad_value_BSME, int device,
 
 // (B, M, Q, L, N) -> (B, Q, L, N)
 const char* sum_heads_cuda(const Problem& p, void* sums_BQLN, int device, void* stream);
+
+const char* assign_cuda(const Assignment& a, int device, void* stream);
 
 }  // namespace tenfold
