@@ -4,7 +4,8 @@
 
 The real command, one process, on drawn images of 640 px, without evaluation; the backbone from scratch. Timed is the
 second half of the steps, when everything has been allocated; with several --jobs side by side nothing is. --graphs:
-on a GPU, with engine.cuda_graphs, beside one run without; so short a run spends most of its time recording. Without
+on a GPU, with engine.cuda_graphs, and with engine.compile_layers, beside one run without; so short a run spends most of
+its time recording. Without
 --config: on a GPU the base R50 at published sizes, two images; on a CPU the small model of
 configs/convergence_cpu.yaml, and no fp16, which is for GPUs.
 Writes docs/results/stages.{json,md}, on a GPU gpu-stages.{json,md}.
@@ -30,7 +31,10 @@ from data_tools import convert, synth
 from framework.errors import FAILED, command
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3), "fp16": (1, 2, 3)}
-WITH_GRAPHS = [("fp32", 0), ("bf16", 1), ("bf16", 2), ("fp16", 1)]
+GRAPHS = {"no": [], "yes": ["engine.cuda_graphs=true"],
+          "of compiled layers": ["engine.cuda_graphs=true", "engine.compile_layers=true"]}  # fmt: skip
+WITH_GRAPHS = [("fp32", 0, "yes"), ("bf16", 1, "yes"), ("bf16", 2, "yes"), ("fp16", 1, "yes"),
+               ("fp32", 0, "of compiled layers"), ("bf16", 1, "of compiled layers")]  # fmt: skip
 USUAL = {"cuda": ["--config", "configs/coco_r50_deformable.yaml", "model.backbone.weights=null",
                   "model.backbone.norm=group", "train.global_batch=2", "train.micro_batch=2"],
          "cpu": ["--config", "configs/convergence_cpu.yaml"]}  # fmt: skip
@@ -52,10 +56,10 @@ def main() -> int:
     settings = ["--steps", str(args.steps), "--jobs", str(args.jobs), *["--graphs"] * args.graphs]
     said = " ".join(["python -m benchmarks.stages", *settings, *arguments])
     part = f"{args.steps} steps{', CUDA graphs' * args.graphs}"
-    runs = [(precision, stage, False) for precision, stages in STAGES.items() for stage in stages
+    runs = [(precision, stage, "no") for precision, stages in STAGES.items() for stage in stages
             if precision != "fp16" or device == "cuda"]  # fmt: skip
     if args.graphs:
-        runs = [runs[0], *((precision, stage, True) for precision, stage in WITH_GRAPHS)]
+        runs = [runs[0], *WITH_GRAPHS]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as side_by_side:
         shards = drawn_shards(Path(folder))
@@ -78,13 +82,13 @@ def drawn_shards(folder: Path) -> Path:
 
 
 def trained(
-    folder: Path, arguments: list[str], steps: int, shards: Path, precision: str, stage: int, graphs: bool
+    folder: Path, arguments: list[str], steps: int, shards: Path, precision: str, stage: int, graphs: str
 ) -> dict[str, Any]:
     """How a run ended, and medians of what it recorded in its second half."""
-    run = folder / f"{precision}-{stage}{'-graphs' * graphs}"
+    run = folder / f"{precision}-{stage}-{graphs.replace(' ', '-')}"
     line = [sys.executable, "-m", "framework.train", *arguments, f"data.train={shards}", "eval.every=0",
             f"engine.precision={precision}", f"engine.zero_stage={stage}", f"train.max_steps={steps}",
-            f"engine.cuda_graphs={str(graphs).lower()}",
+            *GRAPHS[graphs],
             f"train.epochs={steps}", "train.lr_drop_epochs=[]", f"tracking.log_every={max(1, steps // RECORDS)}",
             f"train.run_dir={run}"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

@@ -1,7 +1,7 @@
 """A training step beside others of the same model: seconds, their parts and peak memory of each side in one run.
 
     python -m benchmarks.train_step [--config FILE] [--repeats N] [--device cuda --batch B --precision bf16]
-                                    [--published FOLDER] [--transformers] [--data SHARDS]
+                                    [--sides SIDE ...] [--published FOLDER] [--transformers] [--data SHARDS]
 
 Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, optimizer; frozen batch norm, random
 weights. `ops`: with the compiled operators; `graphs`: so, on a GPU, with engine.cuda_graphs, and
@@ -90,6 +90,7 @@ def main() -> int:
         "--published", type=Path, metavar="FOLDER", help="a checkout of the published code, a side more"
     )
     parser.add_argument("--transformers", action="store_true", help="the transformers library's model, a side more")
+    parser.add_argument("--sides", nargs="+", choices=OURS, help="of ours; by default all")
     parser.add_argument("--data", metavar="SHARDS", help="a folder of shards to train on")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="of one step: operators and a trace")
     parser.add_argument("--here", metavar="SIDE", help="one side, in this process; prints JSON")
@@ -101,7 +102,7 @@ def main() -> int:
             json.dumps(Step(args.here, args).run(args.profile, tell_kinds=args.here == "ops" and args.device == "cpu"))
         )
         return 0
-    sides = [side for side in OURS if not side.startswith("graphs") or args.device == "cuda"]
+    sides = args.sides or [side for side in OURS if not side.startswith("graphs") or args.device == "cuda"]
     for rival, asked in {"published": args.published, "transformers": args.transformers}.items():
         sides += [rival, *[rival + LOWER] * (args.precision != "fp32")] if asked else []
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -115,7 +116,7 @@ def main() -> int:
                 print(f"{side}: {error}: left out", flush=True)
                 continue
             print(f"{args.config.stem}, {args.precision}, batch {args.batch}, {side}: {median(runs[side])}", flush=True)
-    known = dict.fromkeys(median(runs["ops"]))  # a column of ours that another side does not have stays empty
+    known = dict.fromkeys(median(runs[sides[0]]))  # a column of ours that another side does not have stays empty
     rows = [{"side": side, **known, **median(runs[side])} for side in sides if runs[side]]
     first, *others = rows
     result = {"sides": rows, "images/s": args.batch / first["s"]}
@@ -129,11 +130,13 @@ def main() -> int:
         part, said = f"{part}, {args.precision}, batch {args.batch}", " ".join([said, *settings(args)])
     if args.data:
         part, said = f"{args.config.stem} with its data, {args.precision}, batch {args.batch}", f"{said} --data SHARDS"
+    said += f" --sides {' '.join(map(repr, args.sides))}" if args.sides else ""
     said += " --published FOLDER" * bool(args.published) + " --transformers" * args.transformers
-    if args.device == "cpu":
+    if args.device == "cpu" and "ops" in sides:
         shares = [run["kinds"] for run in runs["ops"]]
         mean = {kind: statistics.mean(one[kind] for one in shares) for kind in shares[0]}
         result["kinds"] = [{"kind of layer, ops": kind, "of a step": share} for kind, share in mean.items()]
+    if args.device == "cpu":
         result |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
         write("train-step", "A training step on the CPU", part, result, said)
     else:

@@ -183,6 +183,7 @@ def spare_the_processor(zero: Any) -> None:
 
     The norm of gradients is computed a few hundred at a time, in float32, where DeepSpeed launches two operations for
     each and waits for the device. Weights are views of what has been gathered already, and need not be made so again.
+    Memory that nobody asked about is not reported for every weight.
     """
     import deepspeed.comm as dist
 
@@ -193,7 +194,7 @@ def spare_the_processor(zero: Any) -> None:
         return square.sqrt()
 
     zero.get_grad_norm_direct = norm
-    zero._update_model_bit16_weights = lambda group: None
+    zero._update_model_bit16_weights = zero.report_ipg_memory_usage = lambda *_, **__: None
 
 
 def loss_scaler(engine: Any) -> Any | None:

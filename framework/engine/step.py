@@ -37,11 +37,11 @@ def train_step(
             raise InputError(f"step {step + 1}: {error}; image ids of the batch: {batch.image_ids}") from error
         total = criterion.total(losses)
         totals.append(total.detach())
+        for name, loss in {"total": total, **losses}.items():
+            sums[f"loss/{name}"] += loss.detach() / len(micro_batches)
         engine.backward(guard.unless_it_jumps(total))
         norm = replicated_gradient_norm(engine)
         engine.step()  # updates the weights after the last micro-batch of the step, and only then
-        for name, loss in {"total": total, **losses}.items():
-            sums[f"loss/{name}"] += loss.detach() / len(micro_batches)
     if not engine.was_step_applied():
         guard.skipped(step + 1, totals, [batch.image_ids for batch in micro_batches], engine)
         return {}
