@@ -105,19 +105,26 @@ def main() -> int:
     sides = args.sides or [side for side in OURS if not side.startswith("graphs") or args.device == "cuda"]
     for rival, asked in {"published": args.published, "transformers": args.transformers}.items():
         sides += [rival, *[rival + LOWER] * (args.precision != "fp32")] if asked else []
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    runs: dict[str, list[dict[str, Any]]] = {}
     for i in range(args.repeats):
         for side in sides:
             try:
-                runs[side].append(in_process(side, args, profile=args.profile if i == 0 else None))
+                found = in_process(side, args, profile=args.profile if i == 0 else None)
             except subprocess.CalledProcessError as error:
                 if side in OURS:
                     raise
                 print(f"{side}: {error}: left out", flush=True)
                 continue
+            runs.setdefault(side, []).append(found)
             print(f"{args.config.stem}, {args.precision}, batch {args.batch}, {side}: {median(runs[side])}", flush=True)
-    known = dict.fromkeys(median(runs[sides[0]]))  # a column of ours that another side does not have stays empty
-    rows = [{"side": side, **known, **median(runs[side])} for side in sides if runs[side]]
+            record(args, parser, runs)  # so far
+    return 0
+
+
+def record(args: argparse.Namespace, parser: argparse.ArgumentParser, runs: dict[str, list[dict[str, Any]]]) -> None:
+    medians = {side: median(of_side) for side, of_side in runs.items()}
+    known = dict.fromkeys(key for one in medians.values() for key in one)  # a side that lacks a column leaves it empty
+    rows = [{"side": side, **known, **one} for side, one in medians.items()]
     first, *others = rows
     result = {"sides": rows, "images/s": args.batch / first["s"]}
     for other in others:
@@ -132,16 +139,15 @@ def main() -> int:
         part, said = f"{args.config.stem} with its data, {args.precision}, batch {args.batch}", f"{said} --data SHARDS"
     said += f" --sides {' '.join(map(repr, args.sides))}" if args.sides else ""
     said += " --published FOLDER" * bool(args.published) + " --transformers" * args.transformers
-    if args.device == "cpu" and "ops" in sides:
+    if args.device == "cuda":
+        write("gpu-train-step", "A training step on a GPU", part, result, said)
+        return
+    if "ops" in runs:
         shares = [run["kinds"] for run in runs["ops"]]
         mean = {kind: statistics.mean(one[kind] for one in shares) for kind in shares[0]}
         result["kinds"] = [{"kind of layer, ops": kind, "of a step": share} for kind, share in mean.items()]
-    if args.device == "cpu":
-        result |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
-        write("train-step", "A training step on the CPU", part, result, said)
-    else:
-        write("gpu-train-step", "A training step on a GPU", part, result, said)
-    return 0
+    result |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    write("train-step", "A training step on the CPU", part, result, said)
 
 
 def settings(args: argparse.Namespace) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from framework.boxes import cxcywh_to_xyxy, generalized_iou
 from framework.data.batch import Targets
 from framework.errors import UsageError
-from ops import assign
+from ops.assignment import assign
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from ops import assign
+from ops.assignment import assign
 
 COUNTS_B = {"one": [1], "few": [3, 0, 20], "as many as queries": [40, 39, 40], "empty": [0, 0]}
 
