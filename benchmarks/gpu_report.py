@@ -10,6 +10,7 @@ where git does not know it.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -89,15 +90,14 @@ def run_command(arguments: list[str], limit_s: float) -> dict[str, Any]:
         | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     )
     started = time.monotonic()
+    process = subprocess.Popen(line, cwd=ROOT, env=environment, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     try:
-        result = subprocess.run(
-            line, cwd=ROOT, env=environment, timeout=max(limit_s, 1.0), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        outcome, output = ("done" if result.returncode == 0 else f"exit code {result.returncode}"), result.stdout
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout or ""
-        outcome, output = "not done in time", said if isinstance(said, str) else said.decode(errors="replace")
+        output, _ = process.communicate(timeout=max(limit_s, 1.0))
+        outcome = "done" if process.returncode == 0 else f"exit code {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with its own processes: the next part needs the GPU for itself
+        output, outcome = process.communicate()[0], "not done in time"
     lines = output.strip().splitlines()
     kept = lines[-1:] if outcome == "done" else lines[-SHOWN_LINES:]
     seconds = round(time.monotonic() - started, 1)
