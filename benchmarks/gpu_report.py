@@ -38,6 +38,19 @@ PARTS = {
                 ("coco_r50_deformable_two_stage", "4", "bf16"),
             )
         ),
+        [
+            *TRAIN_STEP,
+            "--config",
+            "configs/coco_r50_deformable.yaml",
+            "--batch",
+            "2",
+            "--precision",
+            "bf16",
+            "--sides",
+            "engine-compiled-graphs",
+            "engine-graphs",
+            "engine",
+        ],
     ],
     "memory": [BUILD, ["-m", "benchmarks.largest_batch"]],
     "stages": [
@@ -96,8 +109,11 @@ def run_command(arguments: list[str], limit_s: float) -> dict[str, Any]:
         output, _ = process.communicate(timeout=max(limit_s, 1.0))
         outcome = "done" if process.returncode == 0 else f"exit code {process.returncode}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with its own processes: the next part needs the GPU for itself
+        kill_all_of(process)
         output, outcome = process.communicate()[0], "not done in time"
+    except BaseException:
+        kill_all_of(process)
+        raise
     lines = output.strip().splitlines()
     kept = lines[-1:] if outcome == "done" else lines[-SHOWN_LINES:]
     seconds = round(time.monotonic() - started, 1)
@@ -107,6 +123,11 @@ def run_command(arguments: list[str], limit_s: float) -> dict[str, Any]:
         "s": seconds,
         "last words": " / ".join(kept),
     }
+
+
+def kill_all_of(process: subprocess.Popen[str]) -> None:
+    """With its own processes: the next part needs the GPU for itself."""
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
                                     [--sides SIDE ...] [--published FOLDER] [--transformers] [--data SHARDS]
 
 Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, optimizer; frozen batch norm, random
-weights. `ops`: with the compiled operators; `graphs`: so, on a GPU, with engine.cuda_graphs, and
+weights. `ops`: with the compiled operators; `graphs`, `compiled-graphs`: so, on a GPU, with engine.cuda_graphs, and
 engine.compile_layers. `ops.reference`: the same
 model in plain torch (TENFOLD_OP=reference: grid_sample, torch's dropout; feed-forward layers of all tokens at once).
+`engine`, `engine-graphs`, `engine-compiled-graphs`, when asked for by --sides: under the trainer's DeepSpeed engine.
 --published, --transformers: other people's code, see benchmarks.rival_detectors, in float32 as published and, with
 another --precision, also in that. Sides take turns, each in a process of its own, and medians are compared. On a GPU
 every part is waited for, which the trainer does not do: `s` is of steps in a row, without, and `GPU busy` the share of
@@ -29,7 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ from framework import config as configuration
 from framework.config import Config
 from framework.data.batch import Targets
 from framework.data.loader import TrainLoader
-from framework.engine.ds_config import EngineConfig, autocast
+from framework.engine.ds_config import EngineConfig, autocast, deepspeed_config, start_engine
 from framework.engine.graphs import Graphs
 from framework.engine.optimizer import build_optimizer
+from framework.engine.ranks import init_ranks
 from framework.errors import UsageError, command
 from framework.losses import criterion as losses
 from framework.losses.criterion import Criterion
@@ -58,12 +60,28 @@ SIZE_HW = (800, 1066)
 BOXES = 20
 STEPS = {"cpu": 3, "cuda": 12}  # of a process; the first quarter does not count
 LOWER = " in lower precision"
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A side of ours. op: TENFOLD_OP. deepspeed: under the trainer's engine, ZeRO 1."""
+
+    op: str = "compiled"
+    graphs: bool = False
+    compile_layers: bool = False
+    deepspeed: bool = False
+
+
 OURS = {
-    "graphs, compiled layers": "compiled",
-    "graphs": "compiled",
-    "ops": "compiled",
-    "ops.reference": "reference",
-}  # TENFOLD_OP of each
+    "compiled-graphs": Ours(graphs=True, compile_layers=True),
+    "graphs": Ours(graphs=True),
+    "ops": Ours(),
+    "ops.reference": Ours(op="reference"),
+    "engine-compiled-graphs": Ours(graphs=True, compile_layers=True, deepspeed=True),
+    "engine-graphs": Ours(graphs=True, deepspeed=True),
+    "engine": Ours(deepspeed=True),
+}
+USUAL = {"cpu": ["ops", "ops.reference"], "cuda": ["compiled-graphs", "graphs", "ops", "ops.reference"]}
 # Operators by kind of layer. Those in POINTWISE are the backbone's where they work on maps; a linear layer copies its
 # bias to where products are added, and sums up its gradient: matrices; the operator begins a gradient with zeros.
 KINDS = {
@@ -90,7 +108,8 @@ def main() -> int:
         "--published", type=Path, metavar="FOLDER", help="a checkout of the published code, a side more"
     )
     parser.add_argument("--transformers", action="store_true", help="the transformers library's model, a side more")
-    parser.add_argument("--sides", nargs="+", choices=OURS, help="of ours; by default all")
+    parser.add_argument("--sides", nargs="+", choices=OURS, metavar="SIDE",
+                        help=f"of {', '.join(OURS)}; by default those without engine")  # fmt: skip
     parser.add_argument("--data", metavar="SHARDS", help="a folder of shards to train on")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="of one step: operators and a trace")
     parser.add_argument("--here", metavar="SIDE", help="one side, in this process; prints JSON")
@@ -102,7 +121,9 @@ def main() -> int:
             json.dumps(Step(args.here, args).run(args.profile, tell_kinds=args.here == "ops" and args.device == "cpu"))
         )
         return 0
-    sides = args.sides or [side for side in OURS if not side.startswith("graphs") or args.device == "cuda"]
+    sides = args.sides or list(USUAL[args.device])
+    if args.device == "cpu" and any(OURS[side].graphs for side in sides):
+        raise UsageError(f"--sides {' '.join(sides)}: graphs are for --device cuda")
     for rival, asked in {"published": args.published, "transformers": args.transformers}.items():
         sides += [rival, *[rival + LOWER] * (args.precision != "fp32")] if asked else []
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -117,11 +138,12 @@ def main() -> int:
                 continue
             runs.setdefault(side, []).append(found)
             print(f"{args.config.stem}, {args.precision}, batch {args.batch}, {side}: {median(runs[side])}", flush=True)
-            record(args, parser, runs)  # so far
+    record(args, parser, runs)
     return 0
 
 
 def record(args: argparse.Namespace, parser: argparse.ArgumentParser, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Under a name of its own for each choice of sides: one comparison does not take another's place."""
     medians = {side: median(of_side) for side, of_side in runs.items()}
     known = dict.fromkeys(key for one in medians.values() for key in one)  # a side that lacks a column leaves it empty
     rows = [{"side": side, **known, **one} for side, one in medians.items()]
@@ -137,8 +159,12 @@ def record(args: argparse.Namespace, parser: argparse.ArgumentParser, runs: dict
         part, said = f"{part}, {args.precision}, batch {args.batch}", " ".join([said, *settings(args)])
     if args.data:
         part, said = f"{args.config.stem} with its data, {args.precision}, batch {args.batch}", f"{said} --data SHARDS"
-    said += f" --sides {' '.join(map(repr, args.sides))}" if args.sides else ""
-    said += " --published FOLDER" * bool(args.published) + " --transformers" * args.transformers
+    if args.sides:
+        part, said = f"{part}, {', '.join(args.sides)}", f"{said} --sides {' '.join(args.sides)}"
+    if args.published:
+        part, said = f"{part}, beside the published code", f"{said} --published FOLDER"
+    if args.transformers:
+        part, said = f"{part}, beside transformers", f"{said} --transformers"
     if args.device == "cuda":
         write("gpu-train-step", "A training step on a GPU", part, result, said)
         return
@@ -161,7 +187,7 @@ def in_process(side: str, args: argparse.Namespace, profile: Path | None) -> dic
     if profile and side == "ops":
         line += ["--profile", str(profile)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TENFOLD_OP": OURS.get(side, ""), "PYTHONPATH": path}
+    environment = os.environ | {"TENFOLD_OP": OURS[side].op if side in OURS else "", "PYTHONPATH": path}
     printed = subprocess.run(line, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(printed.splitlines()[-1])  # libraries print too
 
@@ -188,10 +214,22 @@ class Step:
             self.batches = itertools.repeat(drawn(args.batch, self.device, without_mask=side in OURS))
         self.model, self.forward, self.loss_of = self.side(side.removesuffix(LOWER), config, args.published)
         self.model.train().to(self.device)
-        if side in OURS:
-            self.optimizer = build_optimizer(self.model, config.optim, self.device)
+        self.autocast = autocast(self.precision, self.device)
+        if side not in OURS:
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), config.optim.lr)
         else:
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), config.optim.lr)
+            optimizer = build_optimizer(self.model, config.optim, self.device)
+        self.backward, self.update = Tensor.backward, [optimizer.step, optimizer.zero_grad]
+        if side in OURS and OURS[side].deepspeed:
+            init_ranks()
+            engine = start_engine(self.model, optimizer, deepspeed_config(
+                self.precision, device=self.device, global_batch=args.batch, micro_batch=args.batch, accumulation=1,
+                clip_norm=config.optim.clip_norm,
+            ))  # fmt: skip
+            self.forward, self.backward, self.update = engine, engine.backward, [engine.step]
+            self.autocast = torch.autocast(self.device.type, enabled=False)  # the engine has its own
+        if side in OURS and OURS[side].graphs:
+            Graphs(self.model, compile_layers=OURS[side].compile_layers)
 
     def side(self, side: str, config: Config, checkout: Path | None) -> rival_detectors.Rival:
         if side == "published":
@@ -202,8 +240,6 @@ class Step:
         if side == "ops.reference":
             encoder.PIECE = sys.maxsize
         model, criterion = build_detector(config.model), Criterion(config.loss, config.model.classification)
-        if side.startswith("graphs"):
-            Graphs(model.to(self.device), compile_layers="compiled" in side)
         losses.match = self.timed(losses.match)
 
         def loss_of(predictions: Any, targets: Targets) -> Tensor:
@@ -227,15 +263,15 @@ class Step:
         times = [clock()]
         images, mask, targets = next(self.batches)
         times.append(clock())
-        with autocast(self.precision, self.device):
+        with self.autocast:
             predictions = self.forward(images, mask)
         times.append(clock())
         loss = self.loss_of(predictions, targets)
         times.append(clock())
-        loss.backward()
+        self.backward(loss)
         times.append(clock())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for update in self.update:
+            update()
         return [*times, clock()]
 
     def waited(self) -> float:

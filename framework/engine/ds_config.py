@@ -27,6 +27,7 @@ class EngineConfig:
     cuda_graphs: launch forward and backward as one graph each, for a GPU that waits for the processor (few images at a
         time); batches are padded to multiples of 64 pixels. Not with stage 3 or activation_checkpointing.
     compile_layers: of encoder and decoder, by torch.compile, for the graphs: a start of about a minute, then faster.
+        Needs a C compiler on every node.
     activation_checkpointing: keep only the inputs of transformer layers, compute the rest again in backward.
     offload_optimizer: moments and a copy of the fp32 weights in host memory, Adam there too.
     secondary_partition: of ZeRO++ (Wang et al. 2023), for stage 3 over several nodes: a second copy of the weights
@@ -182,8 +183,9 @@ def spare_the_processor(zero: Any) -> None:
     """ZeRO 1 and 2 with less to do between the gradients and the next step (DeepSpeed 0.19.8).
 
     The norm of gradients is computed a few hundred at a time, in float32, where DeepSpeed launches two operations for
-    each and waits for the device. Weights are views of what has been gathered already, and need not be made so again.
-    Memory that nobody asked about is not reported for every weight.
+    each and waits for the device. Weights are views of what has been gathered already, and need not be made so again
+    (but where DeepSpeed takes states off the device, which nothing here does). Memory that nobody asked about is not
+    reported for every weight.
     """
     import deepspeed.comm as dist
 

@@ -31,10 +31,11 @@ class Graphs:
     Results are those of the batch padded so far, with the same draws of dropout. All graphs share the memory of
     activations: a backward pass has to come before the next forward pass, else RuntimeError. Before a size is recorded
     it is computed once without a graph, beside that memory: it has to be there twice, which the first recording tries.
-    Weights have to stay where they are (ZeRO 0 to 2); where they moved, graphs are recorded anew.
+    Weights have to stay where they are (ZeRO 0 to 2), and parameters and buffers the objects they are now; where their
+    memory moved, graphs are recorded anew.
 
-    compile_layers: what is recorded of encoder and decoder layers are kernels that torch.compile makes: fewer passes
-    over memory. Dropout then draws other numbers.
+    compile_layers: what is recorded of encoder and decoder layers are kernels that torch.compile makes, for a batch of
+    any height and width: fewer passes over memory. Dropout then draws other numbers.
     Source: the scheme of torch.cuda.make_graphed_callables, for many sizes, and for weights that hooks wait for.
     """
 
@@ -63,7 +64,7 @@ class Graphs:
             self.stream = self.stream or torch.cuda.Stream(images_B3HW.device)
             self.gradients = torch.empty(sum(map(Tensor.numel, self.weights)), device=images_B3HW.device)
         shape, padded = padded_shape(images_B3HW)
-        masked = padded or padding_BHW is not None
+        masked = padded or padding_BHW is not None or bool(self.compiled)  # without a mask they are others
         lower = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = shape, masked, lower
         graphs = self.recorded.pop(key, None) or self._record(*key, device=images_B3HW.device)

@@ -60,7 +60,7 @@ class Criterion:
         terms_3K = terms_3K * torch.where((query_KN < 0).any(1), torch.nan, 1.0)
         return {
             term + suffix: loss
-            for term, loss_K in zip(self.weights, terms_3K.unbind(), strict=True)
+            for term, loss_K in zip(("class", "box", "giou"), terms_3K.unbind(), strict=True)
             for suffix, loss in zip(suffixes, loss_K.unbind(), strict=True)
         }
 

@@ -452,7 +452,8 @@ STABLE_TORCH_LIBRARY(tenfold, m) {
   m.def("fused_ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] spatial_shapes, Tensor reference_points,"
         " Tensor sampling_offsets, Tensor attention_logits, bool references_too, bool deterministic)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
-  // cost (K, N, Q), image (N) of each target, ascending -> query (K, N). CUDA only: ops/assignment.py.
+  // cost (K, N, Q), image (N) of each target, ascending from 0 to images - 1, which is not checked: the processor would
+  // wait -> query (K, N). CUDA only: ops/assignment.py.
   m.def("assign(Tensor cost, Tensor image, int images) -> Tensor");
   m.def("dropout(Tensor x, Tensor? other, Tensor seed, float p, int mode, Tensor(a!) out) -> ()");
 }

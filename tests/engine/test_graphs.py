@@ -182,3 +182,21 @@ def test_the_sizes_met_last_are_kept_and_their_memory_is_shared(monkeypatch):
         taken.append(torch.cuda.memory_reserved())
     assert [key[0][-1] for key in record.recorded] == [448, 512]
     assert taken[-1] < 2 * taken[0]
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("compile_layers", [False, True], ids=["", "compiled"])
+def test_dropout_draws_anew_by_the_seed_in_every_replay(compile_layers: bool):
+    torch._dynamo.reset()
+    detector = build_detector(MODELS["deformable"]).cuda().train()
+    Graphs(detector, compile_layers=compile_layers)
+    images = torch.rand(2, 3, 64, 128, device="cuda")
+
+    def logits(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return detector(images).logits_KBQC.detach()
+
+    first = logits(0)
+    next_one = detector(images).logits_KBQC.detach()  # without a seed of its own
+    assert logits(0).equal(first) and not logits(1).equal(first) and not next_one.equal(first)

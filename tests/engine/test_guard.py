@@ -55,6 +55,16 @@ class Run:
         return gather(self.engine, shares, {"": [s.weight for s in shares]}, self.ranks, everywhere=True)
 
 
+def norms(ranks: Ranks) -> list[float]:
+    return [Run(ranks, stage).take()["grad_norm"] for stage in STAGES]
+
+
+def test_the_norm_of_gradients_is_the_same_at_every_stage():
+    """At stage 0 it is torch's own; at 1 and 2 `spare_the_processor`'s, from what each rank holds."""
+    for found in run_ranks(2, norms):
+        assert found == pytest.approx([found[0]] * len(STAGES), rel=1e-5) and found[0] > 0.1
+
+
 def with_nan(batch) -> None:
     batch.targets.boxes_cxcywh_N4[0] = math.nan
 

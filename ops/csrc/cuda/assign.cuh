@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreadsOfBlock) assign_kernel(const Assignmen
   const int thread = static_cast<int>(threadIdx.x);
   const float* cost_NQ = a.cost_KNQ + (layer * a.N + first) * a.Q;
   int64_t* query_N = a.query_KN + layer * a.N + first;
-  // Of a column only the thread that has it reads or writes price, distance, before and done.
+  // In a search only the thread that has a column reads or writes its price, distance, before and done.
   const int64_t place = (layer * a.B + image) * a.Q;
   double *price_Q = a.price_KBQ + place, *distance_Q = a.distance_KBQ + place;
   double* price_N = a.price_KN + layer * a.N + first;
