@@ -5,9 +5,9 @@
 
 Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, optimizer; frozen batch norm, random
 weights. `ops`: with the compiled operators; `graphs`, `compiled-graphs`: so, on a GPU, with engine.cuda_graphs, and
-engine.compile_layers. `ops.reference`: the same
-model in plain torch (TENFOLD_OP=reference: grid_sample, torch's dropout; feed-forward layers of all tokens at once).
-`engine`, `engine-graphs`, `engine-compiled-graphs`, when asked for by --sides: under the trainer's DeepSpeed engine.
+engine.compile_layers. `ops.reference`: the same model in plain torch (TENFOLD_OP=reference: grid_sample, torch's
+dropout). `engine`, `engine-graphs`, `engine-compiled-graphs`, when asked for by --sides: under the trainer's DeepSpeed
+engine. On a CPU every side keeps the memory that it frees, as the trainer does.
 --published, --transformers: other people's code, see benchmarks.rival_detectors, in float32 as published and, with
 another --precision, also in that. Sides take turns, each in a process of its own, and medians are compared. On a GPU
 every part is waited for, which the trainer does not do: `s` is of steps in a row, without, and `GPU busy` the share of
@@ -50,8 +50,8 @@ from framework.engine.ranks import init_ranks
 from framework.errors import UsageError, command
 from framework.losses import criterion as losses
 from framework.losses.criterion import Criterion
-from framework.models import encoder
 from framework.models.build import build_detector
+from framework.processes import keep_freed_memory
 from framework.tracking.meter import peak_memory_gib
 
 Inputs = tuple[Tensor, Tensor | None, Targets]
@@ -205,6 +205,8 @@ class Step:
         self.device = torch.device(args.device)
         self.precision = EngineConfig(precision="fp32" if as_published else args.precision)
         self.matching_s: list[float] = []
+        if self.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(0)
         if args.data:
             loader = TrainLoader(replace(config.data, train=args.data), seed=0, global_batch=args.batch,
@@ -237,8 +239,6 @@ class Step:
             return rival_detectors.published(checkout.resolve(), config, self.device)
         if side == "transformers":
             return rival_detectors.transformers(config, next(self.batches)[2])
-        if side == "ops.reference":
-            encoder.PIECE = sys.maxsize
         model, criterion = build_detector(config.model), Criterion(config.loss, config.model.classification)
         losses.match = self.timed(losses.match)
 

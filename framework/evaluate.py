@@ -10,6 +10,7 @@ from framework.errors import UsageError, command
 from framework.evaluation.coco import coco_metrics, evaluate, report, table
 from framework.evaluation.detections import from_rows
 from framework.evaluation.files import read_detections, read_ground_truth
+from framework.processes import keep_freed_memory
 from framework.tracking.console import progress, publish, setup_logging
 from framework.trained import Trained, add_arguments, load_trained
 
@@ -53,6 +54,8 @@ def of_model(args: argparse.Namespace) -> tuple[dict[str, float], int | None, di
     logger.info("weights of %s on %s, %d process(es)", trained.weights, ranks.device, ranks.world)
     loader = EvalLoader(data, config.data, batch_size=config.eval.batch, rank=ranks.rank, world=ranks.world)
     ranks.refuse_different({"--data" if args.data else "data.val": loader.manifest.fingerprint})
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     model = trained.model.to(ranks.device)
     with (
         progress(-(-loader.manifest.images // ranks.world), description="evaluate") as bar,

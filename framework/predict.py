@@ -15,6 +15,7 @@ from framework.errors import FAILED, InputError, UsageError, command
 from framework.evaluation.attention import look_inside
 from framework.evaluation.detections import category_ids, to_coco, to_rows, top_detections
 from framework.models.build import ModelConfig
+from framework.processes import keep_freed_memory
 from framework.tracking.attention import draw_attention
 from framework.tracking.console import progress, setup_logging, write_json
 from framework.tracking.pictures import draw_coco
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     trained = load_trained(args, [])
     refuse_absent(args, trained.config.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     trained.model.to(device)
     out.mkdir(parents=True, exist_ok=True)
     detections: list[dict[str, Any]] = []

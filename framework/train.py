@@ -37,6 +37,7 @@ from framework.losses.criterion import Criterion
 from framework.models.build import build_detector
 from framework.models.detector import Detector
 from framework.models.weights import load_published
+from framework.processes import keep_freed_memory
 from framework.tracking.console import progress, setup_logging
 from framework.tracking.meter import Meter
 from framework.tracking.run_folder import best_evaluation, evaluation_name, record_run, refuse_other_run
@@ -75,6 +76,8 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     incarnation = Incarnation(run_dir, ranks)  # from here on no earlier one writes
     last = checkpoint.newest_on_all(run_dir, ranks)
 
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.train.seed)
     detector = build_detector(config.model)
     if last is None:

@@ -55,7 +55,7 @@ def run(mode: Mode, x: Tensor, other: Tensor | None, seed: Tensor, p: float, out
     return out
 
 
-def _used_up(x: Tensor) -> Tensor:
+def used_up(x: Tensor) -> Tensor:
     """Another tensor with its memory: whoever keeps x for backward is told so by torch.
 
     Not `mark_dirty`: a linear layer returns a view, of which autograd would then copy whole gradients.
@@ -64,7 +64,7 @@ def _used_up(x: Tensor) -> Tensor:
     return x.detach()
 
 
-def _new_seed() -> Tensor:
+def new_seed() -> Tensor:
     return torch.randint(torch.iinfo(torch.int64).max, ())
 
 
@@ -72,7 +72,7 @@ class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         if has_kernel(x, x.dtype) and x.is_contiguous():
-            kept = run(Mode.RELU, x, None, _new_seed(), p, out=_used_up(x))
+            kept = run(Mode.RELU, x, None, new_seed(), p, out=used_up(x))
         else:
             kept = torch.native_dropout(x.relu(), p, True)[0]
         ctx.save_for_backward(kept)
@@ -92,8 +92,8 @@ class _ReluDropout(torch.autograd.Function):
 class _AddDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, p: float) -> Tensor:
-        ctx.seed, ctx.p = _new_seed(), p
-        return run(Mode.ADD, x, residual, ctx.seed, p, out=_used_up(x))
+        ctx.seed, ctx.p = new_seed(), p
+        return run(Mode.ADD, x, residual, ctx.seed, p, out=used_up(x))
 
     @staticmethod
     @once_differentiable

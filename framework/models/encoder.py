@@ -5,23 +5,16 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from framework.models.after_attention import AfterAttention, trains_on_cpu
 from framework.models.attention import Pyramid
 from ops.dropout import add_dropout_, relu_dropout_
 
-PIECE = 1 << 21  # hidden numbers of a feed-forward layer that a CPU computes at a time: 8 MB in float32
-
 
 class FeedForward(nn.Module):
-    """Linear, ReLU, linear, with its residual and norm (post-norm).
-
-    On a CPU so many tokens at a time that what is hidden stays in the cache: a fifth less time, forward and backward,
-    than a map of all tokens, for which backward needs two more of its size. Against that, gradients of weights are sums
-    of sums, other in their last bits, and dropout draws anew for every piece.
-    """
+    """Linear, ReLU, linear, with its residual and norm (post-norm)."""
 
     def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
@@ -31,14 +24,8 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        pieces = x_BSD.flatten(0, 1).split(max(1, PIECE // self.linear1.out_features)) if x_BSD.is_cpu else ()
-        if len(pieces) <= 1:
-            return self._forward(x_BSD)
-        return torch.cat([self._forward(piece) for piece in pieces]).view_as(x_BSD)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        y = self.linear2(relu_dropout_(self.linear1(x), self.dropout, self.training))
-        return self.norm(add_dropout_(y, x, self.dropout, self.training))
+        y_BSD = self.linear2(relu_dropout_(self.linear1(x_BSD), self.dropout, self.training))
+        return self.norm(add_dropout_(y_BSD, x_BSD, self.dropout, self.training))
 
 
 class EncoderLayer(nn.Module):
@@ -50,8 +37,15 @@ class EncoderLayer(nn.Module):
         self.ffn = FeedForward(width, ffn_width, dropout)
 
     def forward(self, tokens_BSD: Tensor, centres_BS2: Tensor, pyramid: Pyramid) -> Tensor:
-        looked = self.attention(tokens_BSD + pyramid.position_BSD, centres_BS2, tokens_BSD, pyramid)
-        return self.ffn(self.norm(add_dropout_(looked, tokens_BSD, self.dropout, self.training)))
+        looked_BSD = self.attention(tokens_BSD + pyramid.position_BSD, centres_BS2, tokens_BSD, pyramid)
+        if trains_on_cpu(self, looked_BSD):
+            return self._on_cpu(looked_BSD, tokens_BSD)
+        return self.ffn(self.norm(add_dropout_(looked_BSD, tokens_BSD, self.dropout, self.training)))
+
+    def _on_cpu(self, looked_BSD: Tensor, tokens_BSD: Tensor) -> Tensor:
+        parts = (self.norm, self.ffn.linear1, self.ffn.linear2, self.ffn.norm)
+        weights = (weight for part in parts for weight in (part.weight, part.bias))
+        return AfterAttention.apply(looked_BSD, tokens_BSD, self.dropout, *weights)
 
 
 class Encoder(nn.Module):

@@ -1,0 +1,105 @@
+"""What a CPU computes by functions of its own while it trains, against the same layers in torch's operators."""
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import BaseTorchFunctionMode
+
+from framework.models import decoder, encoder
+from framework.models.attention import Pyramid
+from framework.models.decoder import SelfAttention
+from framework.models.encoder import EncoderLayer
+
+B, S, D = 2, 23, 8
+
+
+class Looking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(D, D)
+
+    def forward(self, query_BSD, centres_BS2, tokens_BSD, pyramid):
+        return self.project(query_BSD) + self.project(tokens_BSD)
+
+
+def encoder_layer(p):
+    torch.manual_seed(0)
+    return EncoderLayer(Looking(), D, 16, p).train()
+
+
+def run(layer, tokens_BSD):
+    return layer(tokens_BSD, None, Pyramid([], torch.ones(B, S, D), None, torch.ones(B, 1, 2)))
+
+
+def is_ours(y_BSD):
+    return type(y_BSD.grad_fn).__name__ == "AfterAttentionBackward"
+
+
+def outputs_and_gradients(layer, call, *inputs):
+    torch.manual_seed(1)
+    layer.zero_grad()
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    y = call(layer, *inputs)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+    return [y, *(x.grad for x in inputs), *(weight.grad.clone() for weight in layer.parameters())]
+
+
+def assert_same(ours, plain):
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_an_encoder_layer_trains_as_in_torchs_operators(p, monkeypatch):
+    """The same draws of dropout, too."""
+    layer, tokens_BSD = encoder_layer(p), torch.randn(B, S, D)
+    ours = outputs_and_gradients(layer, run, tokens_BSD)
+    assert is_ours(ours[0])
+    monkeypatch.setattr(encoder, "trains_on_cpu", lambda *_: False)
+    assert_same(ours, outputs_and_gradients(layer, run, tokens_BSD))
+
+
+def test_self_attention_is_torchs(monkeypatch):
+    layer = SelfAttention(D, 4, batch_first=True).train()
+    inputs = torch.randn(2, B, S, D)
+    ours = outputs_and_gradients(layer, SelfAttention.__call__, *inputs)
+    monkeypatch.setattr(decoder, "has_kernel_here", lambda _: False)
+    assert_same(ours, outputs_and_gradients(layer, SelfAttention.__call__, *inputs))
+
+
+def test_self_attention_drops_looks():
+    """One that sees itself in all others alike gives back what was not dropped, scaled."""
+    layer = SelfAttention(D, 4, dropout=0.25, batch_first=True).train()
+    for weight in layer.parameters():
+        nn.init.zeros_(weight)
+    nn.init.ones_(layer.in_proj_bias)
+    nn.init.eye_(layer.out_proj.weight)
+    seen = layer(*torch.randn(2, B, 400, D)).detach()
+    assert seen.mean().item() == pytest.approx(1, abs=0.01)
+    assert seen.var().item() == pytest.approx(0.25 / 0.75 / 400, rel=0.2)
+
+
+def test_where_torchs_operators_stay():
+    layer, tokens_BSD = encoder_layer(0.1), torch.randn(B, S, D)
+    weight = layer.ffn.linear1.weight
+
+    def ours():
+        return is_ours(run(layer, tokens_BSD))
+
+    assert ours()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not ours()
+    with BaseTorchFunctionMode():
+        assert not ours()
+    weight.ds_id = 0  # ZeRO 3
+    assert not ours()
+    del weight.ds_id
+    layer.eval()
+    assert not ours()
+
+
+def test_backward_uses_its_memory_up():
+    y_BSD = run(encoder_layer(0.1), torch.randn(B, S, D))
+    y_BSD.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y_BSD.sum().backward()
