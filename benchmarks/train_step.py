@@ -7,7 +7,7 @@ Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, o
 weights. `ops`: with the compiled operators; `graphs`, `compiled-graphs`: so, on a GPU, with engine.cuda_graphs, and
 engine.compile_layers. `ops.reference`: the same model in plain torch (TENFOLD_OP=reference: grid_sample, torch's
 dropout). `engine`, `engine-graphs`, `engine-compiled-graphs`, when asked for by --sides: under the trainer's DeepSpeed
-engine. On a CPU every side keeps the memory that it frees, as the trainer does.
+engine. On a CPU these sides keep the memory that they free, as the trainer does; others with --keep-freed-memory.
 --published, --transformers: other people's code, see benchmarks.rival_detectors, in float32 as published and, with
 another --precision, also in that. Sides take turns, each in a process of its own, and medians are compared. On a GPU
 every part is waited for, which the trainer does not do: `s` is of steps in a row, without, and `GPU busy` the share of
@@ -108,6 +108,7 @@ def main() -> int:
         "--published", type=Path, metavar="FOLDER", help="a checkout of the published code, a side more"
     )
     parser.add_argument("--transformers", action="store_true", help="the transformers library's model, a side more")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="others' code too, on a CPU")
     parser.add_argument("--sides", nargs="+", choices=OURS, metavar="SIDE",
                         help=f"of {', '.join(OURS)}; by default those without engine")  # fmt: skip
     parser.add_argument("--data", metavar="SHARDS", help="a folder of shards to train on")
@@ -165,6 +166,8 @@ def record(args: argparse.Namespace, parser: argparse.ArgumentParser, runs: dict
         part, said = f"{part}, beside the published code", f"{said} --published FOLDER"
     if args.transformers:
         part, said = f"{part}, beside transformers", f"{said} --transformers"
+    if args.keep_freed_memory:
+        part, said = f"{part}, freed memory kept", f"{said} --keep-freed-memory"
     if args.device == "cuda":
         write("gpu-train-step", "A training step on a GPU", part, result, said)
         return
@@ -184,6 +187,7 @@ def in_process(side: str, args: argparse.Namespace, profile: Path | None) -> dic
     line = [sys.executable, "-m", "benchmarks.train_step", "--here", side, "--config", str(args.config)]
     line += [*settings(args), *(["--published", str(args.published)] if args.published else [])]
     line += ["--data", args.data] if args.data else []
+    line += ["--keep-freed-memory"] * args.keep_freed_memory
     if profile and side == "ops":
         line += ["--profile", str(profile)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -205,7 +209,7 @@ class Step:
         self.device = torch.device(args.device)
         self.precision = EngineConfig(precision="fp32" if as_published else args.precision)
         self.matching_s: list[float] = []
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and (side in OURS or args.keep_freed_memory):
             keep_freed_memory()
         torch.manual_seed(0)
         if args.data:
