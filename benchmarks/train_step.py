@@ -123,6 +123,8 @@ def main() -> int:
         )
         return 0
     sides = args.sides or list(USUAL[args.device])
+    if args.device == "cuda" and args.keep_freed_memory:
+        raise UsageError("--keep-freed-memory: is for --device cpu")
     if args.device == "cpu" and any(OURS[side].graphs for side in sides):
         raise UsageError(f"--sides {' '.join(sides)}: graphs are for --device cuda")
     for rival, asked in {"published": args.published, "transformers": args.transformers}.items():

@@ -34,6 +34,13 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
+def give_back_freed_memory() -> None:
+    """Once, before processes are forked: they would hold what is freed here, while this process takes as much anew."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 @contextlib.contextmanager
 def worker_pool(
     workers: int, work: str, start: Callable[..., None] | None = None, *arguments: Any

@@ -55,6 +55,7 @@ from framework.data.transforms import (
 )
 from framework.data.transport import Sent, Slots, sent
 from framework.errors import InputError, UsageError
+from framework.processes import give_back_freed_memory
 
 log = logging.getLogger("tenfold")
 
@@ -345,6 +346,8 @@ def _load(
         multiprocessing_context=_DeafFork() if config.workers else None,
         generator=torch.Generator(),  # the default is the global one, which would move with each iteration
     )
+    if config.workers:
+        give_back_freed_memory()
     return _told(iter(loader), workers)
 
 

@@ -59,6 +59,28 @@ def test_an_encoder_layer_trains_as_in_torchs_operators(p, monkeypatch):
     assert_same(ours, outputs_and_gradients(layer, run, tokens_BSD))
 
 
+def gradients(call):
+    """Of two passes, added up; some weights frozen, the attention's result in another order of memory."""
+    torch.manual_seed(1)
+    layer = encoder_layer(0.3)
+    layer.ffn.linear1.requires_grad_(False)
+    layer.attention.register_forward_hook(
+        lambda module, inputs, y_BSD: y_BSD.transpose(0, 1).contiguous().transpose(0, 1)
+    )
+    pyramid = Pyramid([], torch.ones(B, S, D), None, torch.ones(B, 1, 2))
+    for _ in range(2):
+        call(layer, torch.randn(B, S, D), None, pyramid).square().sum().backward()
+    return [weight.grad for weight in layer.parameters() if weight.requires_grad]
+
+
+def test_frozen_weights_recomputed_layers_and_sums_of_gradients(monkeypatch):
+    ours, again = gradients(encoder.run), gradients(encoder.recomputed)
+    monkeypatch.setattr(encoder, "trains_on_cpu", lambda *_: False)
+    plain = gradients(encoder.run)
+    assert_same(ours, plain)
+    assert_same(again, plain)
+
+
 def test_self_attention_is_torchs(monkeypatch):
     layer = SelfAttention(D, 4, batch_first=True).train()
     inputs = torch.randn(2, B, S, D)
