@@ -50,7 +50,7 @@ PARTS = {
             "engine-compiled-graphs",
             "engine-graphs",
             "engine",
-        ],
+        ],  # fmt: skip
     ],
     "memory": [BUILD, ["-m", "benchmarks.largest_batch"]],
     "stages": [
