@@ -31,26 +31,14 @@ PARTS = {
     "train": [
         BUILD,
         *(
-            [*TRAIN_STEP, "--config", f"configs/{config}.yaml", "--batch", batch, "--precision", precision]
-            for config, batch, precision in (
+            [*TRAIN_STEP, "--config", f"configs/{config}.yaml", "--batch", batch, "--precision", precision, *sides]
+            for config, batch, precision, *sides in (
                 ("coco_r50_deformable", "2", "fp32"),
                 ("coco_r50_deformable", "2", "bf16"),
                 ("coco_r50_deformable_two_stage", "4", "bf16"),
+                ("coco_r50_deformable", "2", "bf16", "--sides", "engine-compiled-graphs", "engine-graphs", "engine"),
             )
         ),
-        [
-            *TRAIN_STEP,
-            "--config",
-            "configs/coco_r50_deformable.yaml",
-            "--batch",
-            "2",
-            "--precision",
-            "bf16",
-            "--sides",
-            "engine-compiled-graphs",
-            "engine-graphs",
-            "engine",
-        ],  # fmt: skip
     ],
     "memory": [BUILD, ["-m", "benchmarks.largest_batch"]],
     "stages": [
