@@ -2,7 +2,7 @@
 
 Both kinds take the same arguments, so that encoder and decoder do not know which one they hold.
 
-# B image, L level, S = sum of H*W over levels, Q query, D model width, M head, P point,
+# B image, L level, S = sum of H*W over levels, Q query, D model width, M head, E head width, P point,
 # n = 2 (x, y) or 4 (cx, cy, w, h)
 """
 
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from framework.models.on_cpu import Attend, has_kernel_here
 from ops import MSDeformAttn
 
 
@@ -60,25 +62,49 @@ class DeformableAttention(nn.Module):
         return self.sample.sampling(query_BQD, _on_padded_maps(references_BQn, pyramid), pyramid.shapes_hw)
 
 
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch's. Training on a CPU, torch would draw the numbers of its dropout one by one, on one core."""
+
+    def forward(  # type: ignore[override]
+        self,
+        query_BQD: Tensor,
+        key_BSD: Tensor,
+        value_BSD: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, Q, D), and, where needed, the weights of every head (B, M, Q, S)."""
+        if need_weights or not (self.training and has_kernel_here(query_BQD)):
+            return super().forward(
+                query_BQD, key_BSD, value_BSD, key_padding_mask, need_weights, average_attn_weights=False
+            )
+        D, M = self.embed_dim, self.num_heads
+        inputs = query_BQD, key_BSD, value_BSD
+        weights, biases = self.in_proj_weight.split(D), self.in_proj_bias.split(D)
+        projected = map(linear, inputs, weights, biases)
+        query_BMQE, *others = (x.unflatten(-1, (M, D // M)).transpose(1, 2) for x in projected)
+        seen_BMQE = Attend.apply(query_BMQE * (D // M) ** -0.5, *others, key_padding_mask, self.dropout)
+        return self.out_proj(seen_BMQE.transpose(1, 2).flatten(2)), None
+
+
 class DenseAttention(nn.Module):
     """Attention to every token, as in DETR; references are not used. Source: Carion et al. 2020, section 3.2."""
 
     def __init__(self, width: int, num_heads: int, dropout: float):
         super().__init__()
-        self.attend = nn.MultiheadAttention(width, num_heads, dropout=dropout, batch_first=True)
+        self.attend = MultiheadAttention(width, num_heads, dropout=dropout, batch_first=True)
 
     def forward(self, query_BQD: Tensor, references_BQn: Tensor | None, tokens_BSD: Tensor, pyramid: Pyramid) -> Tensor:
         """query already holds its position. Returns (B, Q, D)."""
         key_BSD = tokens_BSD + pyramid.position_BSD
-        return self.attend(query_BQD, key_BSD, tokens_BSD, key_padding_mask=pyramid.padding_BS, need_weights=False)[0]
+        return self.attend(query_BQD, key_BSD, tokens_BSD, pyramid.padding_BS)[0]
 
     def looks(self, query_BQD: Tensor, references_BQn: Tensor | None, tokens_BSD: Tensor,
               pyramid: Pyramid) -> tuple[None, Tensor]:  # fmt: skip
         """How `forward` weighs every token of the one level: no points, and weights (B, Q, M, 1, S), float32, whose
         sum over S is 1. While training they are those after dropout."""
         key_BSD = tokens_BSD + pyramid.position_BSD
-        weights_BMQS = self.attend(query_BQD, key_BSD, tokens_BSD, key_padding_mask=pyramid.padding_BS,
-                                   need_weights=True, average_attn_weights=False)[1]  # fmt: skip
+        weights_BMQS = self.attend(query_BQD, key_BSD, tokens_BSD, pyramid.padding_BS, need_weights=True)[1]
         return None, weights_BMQS.transpose(1, 2)[:, :, :, None].float()
 
 

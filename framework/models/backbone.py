@@ -82,6 +82,15 @@ def shortcut(x: Tensor, downsample: nn.Module) -> Tensor:
     return normed(x, *downsample) if isinstance(downsample, nn.Sequential) else x
 
 
+def convolved_format(device: torch.device) -> torch.memory_format:
+    """The order of a map's numbers in memory that convolutions are fast with.
+
+    Channels last on GPUs and on CPUs with AVX-512: forward takes a seventh less time; with AVX2, backward half as much
+    again."""
+    last = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.channels_last if last else torch.contiguous_format
+
+
 class BasicBlock(nn.Module):
     expansion = 1
 
@@ -162,12 +171,10 @@ class ResNet(nn.Module):
                 frozen.requires_grad_(False)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        # GPUs convolve maps with the channels last. CPUs only pool them faster so, five times.
-        gpu, last = images_B3HW.is_cuda, torch.channels_last
-        x = images_B3HW.contiguous(memory_format=last) if gpu else images_B3HW
-        x = self.relu(normed(x, self.conv1, self.bn1))
-        x = self.maxpool(x.contiguous(memory_format=last))
-        x = x if gpu else x.contiguous()
+        # CPUs pool maps with the channels last five times as fast, also those that convolve others faster.
+        last, inner = torch.channels_last, convolved_format(images_B3HW.device)
+        x = self.relu(normed(images_B3HW.contiguous(memory_format=inner), self.conv1, self.bn1))
+        x = self.maxpool(x.contiguous(memory_format=last)).contiguous(memory_format=inner)
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)

@@ -1,6 +1,6 @@
 """The decoder: queries look at each other and at the pyramid; a box and class logits after every layer.
 
-# B image, Q query, D model width, M head, E head width, K decoder layer, C class,
+# B image, Q query, D model width, K decoder layer, C class,
 # n = 0 (no reference), 2 (point) or 4 (box)
 """
 
@@ -8,14 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from framework.models.after_attention import has_kernel_here
-from framework.models.attention import Pyramid
+from framework.models.attention import MultiheadAttention, Pyramid
 from framework.models.encoder import FeedForward, run
 from framework.models.linear import Float32Linear
 from framework.models.queries import QueryState
-from ops.dropout import add_dropout_, relu_dropout_
+from ops.dropout import add_dropout_
 
 
 class BoxHead(nn.Module):
@@ -31,29 +29,10 @@ class BoxHead(nn.Module):
         return self.layers[-1](x)
 
 
-class SelfAttention(nn.MultiheadAttention):
-    """Of queries that hold their position, to x without it.
-
-    Training on a CPU, torch would draw the numbers of its dropout one by one, on one core.
-    """
-
-    def forward(self, query_BQD: Tensor, x_BQD: Tensor) -> Tensor:  # type: ignore[override]
-        if not (self.training and has_kernel_here(query_BQD)):
-            return super().forward(query_BQD, query_BQD, x_BQD, need_weights=False)[0]
-        D, M = self.embed_dim, self.num_heads
-        weights, biases = (part.split([2 * D, D]) for part in (self.in_proj_weight, self.in_proj_bias))
-        query_BQD, key_BQD = linear(query_BQD, weights[0], biases[0]).chunk(2, dim=-1)
-        projected = query_BQD, key_BQD, linear(x_BQD, weights[1], biases[1])
-        query_BMQE, key_BMQE, value_BMQE = (part.unflatten(-1, (M, D // M)).transpose(1, 2) for part in projected)
-        looks_BMQQ = (query_BMQE * (D // M) ** -0.5 @ key_BMQE.transpose(-2, -1)).softmax(-1)
-        looks_BMQQ = relu_dropout_(looks_BMQQ.clone(), self.dropout, True)  # none is negative
-        return self.out_proj((looks_BMQQ @ value_BMQE).transpose(1, 2).flatten(2))
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, cross_attention: nn.Module, width: int, num_heads: int, ffn_width: int, dropout: float):
         super().__init__()
-        self.self_attention = SelfAttention(width, num_heads, dropout=dropout, batch_first=True)
+        self.self_attention = MultiheadAttention(width, num_heads, dropout=dropout, batch_first=True)
         self.self_norm = nn.LayerNorm(width)
         self.cross_attention = cross_attention
         self.cross_norm = nn.LayerNorm(width)
@@ -62,7 +41,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BQD: Tensor, position_BQD: Tensor, references_BQn: Tensor, tokens_BSD: Tensor,
                 pyramid: Pyramid) -> Tensor:  # fmt: skip
-        attended = self.self_attention(x_BQD + position_BQD, x_BQD)
+        query_BQD = x_BQD + position_BQD
+        attended = self.self_attention(query_BQD, query_BQD, x_BQD)[0]
         x_BQD = self.self_norm(add_dropout_(attended, x_BQD, self.dropout, self.training))
         looked = self.cross_attention(x_BQD + position_BQD, references_BQn, tokens_BSD, pyramid)
         return self.ffn(self.cross_norm(add_dropout_(looked, x_BQD, self.dropout, self.training)))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from framework.models.after_attention import AfterAttention, trains_on_cpu
 from framework.models.attention import Pyramid
+from framework.models.on_cpu import AfterAttention, trains_on_cpu
 from ops.dropout import add_dropout_, relu_dropout_
 
 

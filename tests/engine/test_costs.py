@@ -72,7 +72,7 @@ def test_dense_attention_keeps_no_matrix_on_a_gpu():
     sizes = (1024, 1024)  # 1,024 tokens
     matrix = 4 * TINY.num_heads * 1024**2
     on_cpu, on_gpu = (costs.activations(model, sizes, 1, torch.float32, as_on_gpu=gpu).total() for gpu in (False, True))
-    assert on_cpu - on_gpu > 3 * TINY.encoder_layers * matrix
+    assert on_cpu - on_gpu > TINY.encoder_layers * matrix  # of which a CPU keeps the softmax
 
 
 def recorded(name):

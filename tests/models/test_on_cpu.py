@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 
-from framework.models import decoder, encoder
-from framework.models.attention import Pyramid
-from framework.models.decoder import SelfAttention
+from framework.models import attention, encoder
+from framework.models.attention import MultiheadAttention, Pyramid
 from framework.models.encoder import EncoderLayer
+from framework.models.on_cpu import Attend
 
 B, S, D = 2, 23, 8
 
@@ -35,6 +35,16 @@ def is_ours(y_BSD):
     return type(y_BSD.grad_fn).__name__ == "AfterAttentionBackward"
 
 
+def functions(y):
+    """The names of all that y was computed by."""
+    nodes, names = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    return names
+
+
 def outputs_and_gradients(layer, call, *inputs):
     torch.manual_seed(1)
     layer.zero_grad()
@@ -44,9 +54,9 @@ def outputs_and_gradients(layer, call, *inputs):
     return [y, *(x.grad for x in inputs), *(weight.grad.clone() for weight in layer.parameters())]
 
 
-def assert_same(ours, plain):
+def assert_same(ours, plain, atol=1e-5, rtol=1e-5):
     for one, other in zip(ours, plain, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one, other, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -81,22 +91,53 @@ def test_frozen_weights_recomputed_layers_and_sums_of_gradients(monkeypatch):
     assert_same(again, plain)
 
 
-def test_self_attention_is_torchs(monkeypatch):
-    layer = SelfAttention(D, 4, batch_first=True).train()
-    inputs = torch.randn(2, B, S, D)
-    ours = outputs_and_gradients(layer, SelfAttention.__call__, *inputs)
-    monkeypatch.setattr(decoder, "has_kernel_here", lambda _: False)
-    assert_same(ours, outputs_and_gradients(layer, SelfAttention.__call__, *inputs))
+def looked(padded):
+    padding_BS = torch.zeros(B, S, dtype=torch.bool)
+    padding_BS[1, 15:] = padded
+
+    def call(layer, query_BQD, key_BSD, value_BSD):
+        return layer(query_BQD, key_BSD, value_BSD, padding_BS if padded else None)[0]
+
+    return call
 
 
-def test_self_attention_drops_looks():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_dense_attention_is_torchs(padded, dtype, monkeypatch):
+    layer = MultiheadAttention(D, 4, batch_first=True).to(dtype).train()
+    inputs = torch.randn(B, 7, D, dtype=dtype), *torch.randn(2, B, S, D, dtype=dtype)
+    ours = outputs_and_gradients(layer, looked(padded), *inputs)
+    assert "AttendBackward" in functions(ours[0])
+    monkeypatch.setattr(attention, "has_kernel_here", lambda _: False)
+    plain = outputs_and_gradients(layer, looked(padded), *inputs)
+    assert "AttendBackward" not in functions(plain[0])
+    assert_same(ours, plain, **({} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}))
+
+
+def test_gradients_of_dense_attention_are_of_what_it_dropped():
+    inputs = [x.requires_grad_() for x in torch.randn(3, 2, 2, 5, 4)]
+
+    def attend(query, key, value):
+        torch.manual_seed(3)
+        return Attend.apply(query, key, value, None, 0.4)
+
+    kept = attend(*inputs[:2], torch.eye(5).expand(2, 2, 5, 5)) > 0
+    assert not kept.all()
+    query, key, value = inputs
+    plain = ((query @ key.transpose(-2, -1)).softmax(-1) * kept / 0.6) @ value
+    grad = torch.randn(plain.shape)
+    ours = torch.autograd.grad(attend(*inputs), inputs, grad)
+    assert_same(ours, torch.autograd.grad(plain, inputs, grad))
+
+
+def test_dense_attention_drops_looks():
     """One that sees itself in all others alike gives back what was not dropped, scaled."""
-    layer = SelfAttention(D, 4, dropout=0.25, batch_first=True).train()
+    layer = MultiheadAttention(D, 4, dropout=0.25, batch_first=True).train()
     for weight in layer.parameters():
         nn.init.zeros_(weight)
     nn.init.ones_(layer.in_proj_bias)
     nn.init.eye_(layer.out_proj.weight)
-    seen = layer(*torch.randn(2, B, 400, D)).detach()
+    seen = layer(*torch.randn(3, B, 400, D))[0].detach()
     assert seen.mean().item() == pytest.approx(1, abs=0.01)
     assert seen.var().item() == pytest.approx(0.25 / 0.75 / 400, rel=0.2)
 

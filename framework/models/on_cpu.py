@@ -1,10 +1,10 @@
-"""What follows attention in an encoder layer that trains on a CPU in float32: one function, its gradients by hand.
+"""What a CPU trains with instead of a row of torch's operators: functions whose gradients are written by hand.
 
-EncoderLayer says what it computes. Memory that is touched for the first time costs a CPU as much as computing what is
-written there. So results go where they belong, gradients add up within products of matrices, and backward writes to
-memory that it has read for the last time.
+Memory that is touched for the first time costs a CPU as much as computing what is written there. So results go where
+they belong, gradients add up within products of matrices, and backward writes to memory that it has read for the last
+time or computes again what one pass over memory gives.
 
-# B image, S token, D model width, F hidden width
+# B image, S token, Q query, D model width, F hidden width, M head, E head width
 """
 
 from typing import Any
@@ -19,6 +19,7 @@ from ops.dropout import Mode, has_kernel, new_seed, run, used_up
 
 EPSILON = nn.LayerNorm(1).eps
 norm_backward = torch.ops.aten.native_layer_norm_backward
+softmax_backward = torch.ops.aten._softmax_backward_data
 
 
 def has_kernel_here(x: Tensor) -> bool:
@@ -27,8 +28,8 @@ def has_kernel_here(x: Tensor) -> bool:
 
 
 def trains_on_cpu(layer: nn.Module, x: Tensor) -> bool:
-    """With weights and in the float32 that one sees: not under autocast, nor under ZeRO 3, where weights are there only
-    while the module that has them computes."""
+    """With weights and in the float32 that one sees: not under autocast, where nothing is gained, nor under ZeRO 3,
+    where weights are there only while the module that has them computes."""
     return (
         layer.training
         and torch.is_grad_enabled()
@@ -40,8 +41,9 @@ def trains_on_cpu(layer: nn.Module, x: Tensor) -> bool:
 
 
 class AfterAttention(torch.autograd.Function):
-    """norm2(y + dropout(linear2(dropout(relu(linear1(y)))))) of y = norm1(tokens + dropout(looked)).
+    """What follows attention in an encoder layer.
 
+    norm2(y + dropout(linear2(dropout(relu(linear1(y)))))) of y = norm1(tokens + dropout(looked)), in float32.
     Weights come as the formula is computed, each before its bias. The memory of looked is used up.
     """
 
@@ -80,3 +82,37 @@ class AfterAttention(torch.autograd.Function):
         )
         grad_looked_BSD = run(Mode.PLAIN, grad_x_BSD, None, ctx.seeds[0], ctx.p, out=used_up(x_BSD))
         return grad_looked_BSD, grad_x_BSD, None, *grads_norm1, *grads_linear1, *grads_linear2, *grads_norm2
+
+
+class Attend(torch.autograd.Function):
+    """dropout(softmax(query key^T)) value, of which the softmax alone is kept.
+
+    query: (B, M, Q, E), scaled; key and value: (B, M, S, E). padding: None or bool (B, S), True on what is not seen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_BMQE: Tensor, key_BMSE: Tensor, value_BMSE: Tensor, padding_BS: Tensor | None, p: float
+    ) -> Tensor:
+        looks_BMQS = query_BMQE @ key_BMSE.transpose(-2, -1)
+        if padding_BS is not None:
+            looks_BMQS.masked_fill_(padding_BS[:, None, None], -torch.inf)
+        torch.softmax(looks_BMQS, -1, out=looks_BMQS)
+        ctx.p, ctx.seed = p, new_seed()
+        ctx.save_for_backward(query_BMQE, key_BMSE, value_BMSE, looks_BMQS)
+        return _dropped(ctx, looks_BMQS, torch.empty_like(looks_BMQS)) @ value_BMSE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BMQE: Tensor) -> tuple[Tensor | None, ...]:
+        query_BMQE, key_BMSE, value_BMSE, looks_BMQS = ctx.saved_tensors
+        memory_BMQS = torch.empty_like(looks_BMQS)
+        grad_value_BMSE = _dropped(ctx, looks_BMQS, memory_BMQS).transpose(-2, -1) @ grad_BMQE
+        grad_BMQS = torch.matmul(grad_BMQE, value_BMSE.transpose(-2, -1), out=memory_BMQS)
+        _dropped(ctx, grad_BMQS, grad_BMQS)
+        softmax_backward(grad_BMQS, looks_BMQS, -1, looks_BMQS.dtype, grad_input=grad_BMQS)
+        return grad_BMQS @ key_BMSE, grad_BMQS.transpose(-2, -1) @ query_BMQE, grad_value_BMSE, None, None
+
+
+def _dropped(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
+    return run(Mode.PLAIN, x, None, ctx.seed, ctx.p, out)
