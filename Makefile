@@ -88,8 +88,8 @@ convergence: build  ## ten times fewer epochs, shown: trains Deformable DETR and
 
 # PARTS="op ..."; empty: all of them
 PARTS ?=
-gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op train memory stages tests sanitizer convergence"; offline with PYTHON=python3
-	@'$(PYTHON)' -m benchmarks.gpu_report $(if $(PARTS),--parts $(PARTS))
+gpu-report: $(INSTALLED)  ## what needs a GPU, in parts of at most 8 minutes: PARTS="op train sides memory stages tests sanitizer convergence"; PUBLISHED=a checkout of the published code; offline with PYTHON=python3
+	@'$(PYTHON)' -m benchmarks.gpu_report $(if $(PARTS),--parts $(PARTS)) $(if $(PUBLISHED),--published $(PUBLISHED))
 
 clean:  ## remove the environment, what was built, caches; runs/ and data/ stay
 	rm -rf .venv build dist $(LIBRARY) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

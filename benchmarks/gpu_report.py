@@ -1,7 +1,7 @@
 """What needs a GPU, in parts of at most 8 minutes, each with its results in docs/results/gpu-<part>.{json,md}.
 
-    make gpu-report [PARTS="op train memory stages tests sanitizer convergence"]
-                                                        (offline, in your own environment: PYTHON=python3)
+    make gpu-report [PARTS="op train sides memory stages tests sanitizer convergence"]
+                    [PUBLISHED=FOLDER]                  (offline, in your own environment: PYTHON=python3)
 
 A part is some commands, one after the other. A command that fails, or is not done in time, is recorded with what it
 printed last and ends its part; the next part starts all the same. TENFOLD_COMMIT names the commit
@@ -26,6 +26,8 @@ SHOWN_LINES = 15  # of the output of a command that failed
 # For the GPUs that are there; does nothing where it is built.
 BUILD = ["make", "-s", "build", f"PYTHON={sys.executable}"]
 TRAIN_STEP = ["-m", "benchmarks.train_step", "--repeats", "1", "--device", "cuda"]
+BASE = "coco_r50_deformable"
+PUBLISHED = "{published}"  # what --published says
 PARTS = {
     "op": [BUILD, ["-m", "benchmarks.precision", "--device", "cuda"], ["-m", "benchmarks.op_gpu"]],
     "train": [
@@ -33,10 +35,22 @@ PARTS = {
         *(
             [*TRAIN_STEP, "--config", f"configs/{config}.yaml", "--batch", batch, "--precision", precision, *sides]
             for config, batch, precision, *sides in (
-                ("coco_r50_deformable", "2", "fp32"),
-                ("coco_r50_deformable", "2", "bf16"),
+                (BASE, "2", "fp32"),
+                (BASE, "2", "bf16"),
+                (BASE, "4", "bf16"),
                 ("coco_r50_deformable_two_stage", "4", "bf16"),
-                ("coco_r50_deformable", "2", "bf16", "--sides", "engine-compiled-graphs", "engine-graphs", "engine"),
+            )
+        ),
+    ],
+    "sides": [
+        BUILD,
+        *(
+            [*TRAIN_STEP, "--config", f"configs/{config}.yaml", "--batch", batch, "--precision", "bf16", "--sides", *of]
+            for config, batch, *of in (
+                *((BASE, batch, "compiled-graphs", "graphs", PUBLISHED) for batch in ("2", "4")),
+                (BASE, "2", "engine-compiled-graphs", "engine-graphs", "engine"),
+                (BASE, "2", "ops", "products-kept", "recomputed"),
+                ("coco_r50_detr", "4", "graphs", "ops"),
             )
         ),
     ],
@@ -59,14 +73,23 @@ PARTS = {
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", metavar="PART", default=list(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--published", metavar="FOLDER", help="a checkout of the published code, built")
     args = parser.parse_args(argv)
     for part in args.parts:
         if part not in PARTS:
             raise UsageError(f"--parts {part}: expected some of {', '.join(PARTS)}")
     if not torch.cuda.is_available():
         raise UsageError("no GPU that torch can use: this report is about one; `make bench` measures on the CPU")
-    outcomes = {part: run_part(part, PARTS[part], PART_S) for part in args.parts}
+    published = ["--published", args.published] if args.published else []
+    outcomes = {
+        part: run_part(part, [with_published(arguments, published) for arguments in PARTS[part]], PART_S)
+        for part in args.parts
+    }
     return 0 if all(outcomes.values()) else FAILED
+
+
+def with_published(arguments: list[str], published: list[str]) -> list[str]:
+    return [word for one in arguments for word in (published if one == PUBLISHED else [one])]
 
 
 def run_part(part: str, commands: list[list[str]], limit_s: float) -> bool:

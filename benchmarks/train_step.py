@@ -6,9 +6,10 @@
 Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, optimizer; frozen batch norm, random
 weights. `ops`: with the compiled operators; `graphs`, `compiled-graphs`: so, on a GPU, with engine.cuda_graphs, and
 engine.compile_layers. `ops.reference`: the same model in plain torch (TENFOLD_OP=reference: grid_sample, torch's
-dropout); `ops.reference.fp32`: so in float32 beside another --precision. `engine`, `engine-graphs`,
-`engine-compiled-graphs`, when asked for by --sides: under the trainer's DeepSpeed engine. On a CPU these sides keep the
-memory that they free, as the trainer does; others with --keep-freed-memory.
+dropout); `ops.reference.fp32`: so in float32, beside another --precision. On a CPU these sides keep the memory that
+they free, as the trainer does; others with --keep-freed-memory. More sides, for --sides: `recomputed`, `products-kept`:
+with engine.activation_checkpointing, and engine.keep_products; `engine`, `engine-graphs`, `engine-compiled-graphs`:
+under the trainer's DeepSpeed engine.
 --published, --transformers: other people's code, see benchmarks.rival_detectors, in float32 as published and, with
 another --precision, also in that. Sides take turns, each in a process of its own, and medians are compared. On a GPU
 every part is waited for, which the trainer does not do: `s` is of steps in a row, without, and `GPU busy` the share of
@@ -61,15 +62,19 @@ Inputs = tuple[Tensor, Tensor | None, Targets]
 SIZE_HW = (800, 1066)
 BOXES = 20
 STEPS = {"cpu": 3, "cuda": 12}  # of a process; the first quarter does not count
+TOLD = ("kinds", "new pages, MiB")  # of one step, under the profiler
+PROFILED, FEW_PAGES = {"cpu": 8, "cuda": 1}, 4096
 LOWER = " in lower precision"
 
 
 @dataclass(frozen=True)
 class Ours:
-    """A side of ours. op: TENFOLD_OP. precision: None is the run's. deepspeed: under the trainer's engine, ZeRO 1."""
+    """A side of ours. op: TENFOLD_OP. precision: None is the run's. recompute: as Detector.recompute_activations takes
+    it. deepspeed: under the trainer's engine, ZeRO 1."""
 
     op: str = "compiled"
     precision: Literal["fp32"] | None = None
+    recompute: dict[str, bool] | None = None
     graphs: bool = False
     compile_layers: bool = False
     deepspeed: bool = False
@@ -81,6 +86,8 @@ OURS = {
     "ops": Ours(),
     "ops.reference": Ours(op="reference"),
     "ops.reference.fp32": Ours(op="reference", precision="fp32"),
+    "recomputed": Ours(recompute={}),
+    "products-kept": Ours(recompute={"keep_products": True}),
     "engine-compiled-graphs": Ours(graphs=True, compile_layers=True, deepspeed=True),
     "engine-graphs": Ours(graphs=True, deepspeed=True),
     "engine": Ours(deepspeed=True),
@@ -114,7 +121,7 @@ def main() -> int:
     parser.add_argument("--transformers", action="store_true", help="the transformers library's model, a side more")
     parser.add_argument("--keep-freed-memory", action="store_true", help="others' code too, on a CPU")
     parser.add_argument("--sides", nargs="+", choices=OURS, metavar="SIDE",
-                        help=f"of {', '.join(OURS)}; by default those without engine")  # fmt: skip
+                        help=f"of {', '.join(OURS)}")  # fmt: skip
     parser.add_argument("--data", metavar="SHARDS", help="a folder of shards to train on")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="of one step: operators and a trace")
     parser.add_argument("--here", metavar="SIDE", help="one side, in this process; prints JSON")
@@ -126,7 +133,11 @@ def main() -> int:
             json.dumps(Step(args.here, args).run(args.profile, tell_kinds=args.here == "ops" and args.device == "cpu"))
         )
         return 0
-    sides = args.sides or USUAL[args.device] + ["ops.reference.fp32"] * (args.precision != "fp32")
+    sides = list(args.sides or USUAL[args.device])
+    if args.device == "cpu" and args.precision != "fp32" and not args.sides:
+        sides += ["ops.reference.fp32"]
+    if args.profile and "ops" not in sides:
+        raise UsageError(f"--profile: is of the side ops, found --sides {' '.join(sides)}")
     if args.device == "cuda" and args.keep_freed_memory:
         raise UsageError("--keep-freed-memory: is for --device cpu")
     if args.device == "cpu" and any(OURS[side].graphs for side in sides):
@@ -181,6 +192,7 @@ def record(args: argparse.Namespace, parser: argparse.ArgumentParser, runs: dict
         shares = [run["kinds"] for run in runs["ops"]]
         mean = {kind: statistics.mean(one[kind] for one in shares) for kind in shares[0]}
         result["kinds"] = [{"kind of layer, ops": kind, "of a step": share} for kind, share in mean.items()]
+        result["new pages of that step, MiB"] = statistics.mean(run["new pages, MiB"] for run in runs["ops"])
     result |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
     write("train-step", "A training step on the CPU", part, result, said)
 
@@ -203,7 +215,7 @@ def in_process(side: str, args: argparse.Namespace, profile: Path | None) -> dic
 
 
 def median(runs: list[dict[str, Any]]) -> dict[str, float]:
-    return {key: statistics.median(number for run in runs for number in run[key]) for key in runs[0] if key != "kinds"}
+    return {key: statistics.median(number for run in runs for number in run[key]) for key in runs[0] if key not in TOLD}
 
 
 class Step:
@@ -251,6 +263,8 @@ class Step:
             return rival_detectors.transformers(config, next(self.batches)[2])
         model, criterion = build_detector(config.model), Criterion(config.loss, config.model.classification)
         losses.match = self.timed(losses.match)
+        if (recompute := OURS[side].recompute) is not None:
+            model.recompute_activations(**recompute)
 
         def loss_of(predictions: Any, targets: Targets) -> Tensor:
             return criterion.total(criterion(predictions, targets, num_boxes=float(len(targets.labels_N))))
@@ -313,26 +327,31 @@ class Step:
             found["GPU busy"].append(kernels_s / found["s"][0])
         if not tell_kinds and not profile:
             return found
-        trace, step_s = self.profiled()
+        trace, step_s, new_pages = self.profiled()
         if profile:
             order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
             table = trace.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
             torch.profiler.tensorboard_trace_handler(str(profile))(trace)
             (profile / "operators.txt").write_text(table + "\n")
-        return found | {"kinds": kinds(trace, step_s)}
+        return found | {"kinds": kinds(trace, step_s), "new pages, MiB": new_pages * resource.getpagesize() / 2**20}
 
-    def profiled(self) -> tuple[torch.profiler.profile, float]:
-        """A step and its seconds: on a CPU of four the one that had the fewest pages to touch for the first time, which
-        steps without a profiler hardly have."""
+    def profiled(self) -> tuple[torch.profiler.profile, float, int]:
+        """A step, its seconds, and how many pages of memory it touched for the first time.
+
+        On a CPU the profiler's own memory makes a step touch many more than it does without. So it is the first of at
+        most eight that touched few, or the one of them that touched fewest.
+        """
         steps = []
-        for _ in range(4 if self.device.type == "cpu" else 1):
+        for _ in range(PROFILED[self.device.type]):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             with torch.profiler.profile(record_shapes=True) as trace:
                 times = self.take(self.waited)
             new_pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-            steps.append((new_pages, times[-1] - times[0], trace))
-        _, seconds, trace = min(steps, key=lambda step: step[0])
-        return trace, seconds
+            steps = sorted([*steps, (new_pages, len(steps), times[-1] - times[0], trace)])[:1]
+            if new_pages < FEW_PAGES:
+                break
+        new_pages, _, seconds, trace = steps[0]
+        return trace, seconds, new_pages
 
 
 def drawn(count: int, device: torch.device, *, without_mask: bool) -> Inputs:

@@ -230,7 +230,7 @@ def activations_of(
         model = build_detector(config.model)
     for recomputed in (False, True):
         if recomputed:
-            model.recompute_activations()
+            model.recompute_activations(keep_products=config.engine.keep_products)
         for used in dict.fromkeys((dtype, torch.float32)):
             if used == dtype or recomputed == config.engine.activation_checkpointing:
                 found[used, recomputed] = costs.activations(model, (size_hw[0], size_hw[1]), batch, used)

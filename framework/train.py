@@ -87,7 +87,7 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
         start, at = state.get("start_weights"), DataState(**state["data"])
         checkpoint.load_weights(last, detector)
     if config.engine.activation_checkpointing:
-        detector.recompute_activations()
+        detector.recompute_activations(keep_products=config.engine.keep_products)
     updated_on = torch.device("cpu") if config.engine.offload_optimizer else ranks.device
     optimizer = build_optimizer(detector.to(ranks.device), config.optim, updated_on)
     engine = start_engine(detector, optimizer, deepspeed_config(

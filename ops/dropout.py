@@ -26,9 +26,11 @@ class Mode(IntEnum):
 
 @wrap_torch_function(lambda x, p, training: (x,))
 def relu_dropout_(x: Tensor, p: float, training: bool) -> Tensor:
-    """dropout(relu(x)), of which backward needs nothing but the result. x: any shape; its memory is used up."""
-    if not training or p == 0:
+    """dropout(relu(x)), of which backward needs nothing but the result. x: any shape; its memory may be used up."""
+    if not training:
         return x.relu_()
+    if p == 0:
+        return x.relu()
     if implementation is not compiled:
         return torch.nn.functional.dropout(x.relu(), p)
     return _ReluDropout.apply(x, p)

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from framework.engine.ds_config import SENT_IN_LOWER_PRECISION
+from framework.models.backbone import convolved_format
 from ops.dropout import add_dropout_
 
 STAGES = (0, 1, 2, 3)
@@ -199,7 +200,8 @@ def alive_after_forward(
 class _AsOnGPU(TorchFunctionMode):
     """Where a GPU keeps something else for backward than a CPU.
 
-    Dropout keeps one byte an element there; norms are in float32 under autocast; attention keeps no matrix.
+    Dropout keeps one byte an element there; norms are in float32 under autocast; attention keeps no matrix; maps have
+    their channels last.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -207,6 +209,8 @@ class _AsOnGPU(TorchFunctionMode):
         if function is add_dropout_:
             x, residual, p, training = args
             return residual + torch.native_dropout(x, p, training)[0]
+        if function is convolved_format:
+            return torch.channels_last
         if function in (nn.functional.layer_norm, nn.functional.group_norm):
             return function(args[0].float(), *args[1:], **kwargs)
         if function is nn.functional.multi_head_attention_forward:

@@ -29,6 +29,8 @@ class EngineConfig:
     compile_layers: of encoder and decoder, by torch.compile, for the graphs: a start of about a minute, then faster.
         Needs a C compiler on every node.
     activation_checkpointing: keep only the inputs of transformer layers, compute the rest again in backward.
+    keep_products: with it, keep what sampling and matrix products gave, but for wide ones: more memory, and little is
+        computed again. A CPU keeps what sampling gave. Not with stage 3, which gathers weights in between.
     offload_optimizer: moments and a copy of the fp32 weights in host memory, Adam there too.
     secondary_partition: of ZeRO++ (Wang et al. 2023), for stage 3 over several nodes: a second copy of the weights
         shared among so many neighbouring ranks (GPUs of a node), so that backward does not gather over the network;
@@ -42,6 +44,7 @@ class EngineConfig:
     cuda_graphs: bool = False
     compile_layers: bool = False
     activation_checkpointing: bool = False
+    keep_products: bool = False
     offload_optimizer: bool = False
     secondary_partition: int = 1
     quantized_weights: bool = False
@@ -76,6 +79,12 @@ class EngineConfig:
         if self.compile_layers and not self.cuda_graphs:
             raise UsageError("engine.compile_layers, engine.cuda_graphs: found true and false; compiled kernels gain "
                              "nothing where the processor launches each: set engine.cuda_graphs=true")  # fmt: skip
+        if self.keep_products and (self.zero_stage == 3 or not self.activation_checkpointing):
+            raise UsageError(
+                f"engine.keep_products, engine.activation_checkpointing, engine.zero_stage: found true, "
+                f"{str(self.activation_checkpointing).lower()} and {self.zero_stage}; expected true, true and a stage "
+                "below 3: set engine.keep_products=false, or the others"
+            )
         if self.zero_stage == 0 and self.offload_optimizer:
             raise UsageError("engine.zero_stage, engine.offload_optimizer: found 0 and true; set engine.zero_stage=1")
 

@@ -63,7 +63,8 @@ class DeformableAttention(nn.Module):
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """torch's. Training on a CPU, torch would draw the numbers of its dropout one by one, on one core."""
+    """torch's. Training on a CPU, torch would draw the numbers of its dropout one by one, on one core, and keep three
+    matrices of weights."""
 
     def forward(  # type: ignore[override]
         self,
@@ -74,7 +75,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, Q, D), and, where needed, the weights of every head (B, M, Q, S)."""
-        if need_weights or not (self.training and has_kernel_here(query_BQD)):
+        if need_weights or not (self.training and self.dropout and has_kernel_here(query_BQD)):
             return super().forward(
                 query_BQD, key_BSD, value_BSD, key_padding_mask, need_weights, average_attn_weights=False
             )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from framework.models.attention import MultiheadAttention, Pyramid
-from framework.models.encoder import FeedForward, run
+from framework.models.encoder import FeedForward
 from framework.models.linear import Float32Linear
 from framework.models.queries import QueryState
+from framework.models.recompute import Layer, run
 from ops.dropout import add_dropout_
 
 
@@ -70,7 +71,7 @@ class Decoder(nn.Module):
         self.box_heads = nn.ModuleList(box_heads)
         self.output_norm = output_norm
         self.refine = refine
-        self.run = run
+        self.run: Layer = run
 
     def forward(self, queries: QueryState, tokens_BSD: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """Returns logits (K, B, Q, C) and boxes (K, B, Q, 4: cxcywh, fractions of the unpadded image), float32."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from framework.models.attention import Pyramid
 from framework.models.decoder import Decoder
-from framework.models.encoder import Encoder, recomputed
+from framework.models.encoder import Encoder
 from framework.models.position import sine_position
+from framework.models.recompute import cheap_part_recomputed, recomputed
 
 
 @dataclass
@@ -64,9 +65,10 @@ class Detector(nn.Module):
             proposals = Predictions(queries.proposal_logits_BSC.float()[None], queries.proposal_boxes_BS4[None])
         return Predictions(logits_KBQC, boxes_KBQ4, proposals)
 
-    def recompute_activations(self) -> None:
-        """Keep only each layer's input for backward: less memory, about a third more time."""
-        self.encoder.run = self.decoder.run = recomputed
+    def recompute_activations(self, *, keep_products: bool = False) -> None:
+        """Keep only each layer's input for backward: less memory, about a third more time. keep_products: what
+        attention and matrix products gave, too, so that only the cheap part is computed again."""
+        self.encoder.run = self.decoder.run = cheap_part_recomputed if keep_products else recomputed
 
     def _maps(self, images_B3HW: Tensor) -> list[Tensor]:
         features = self.backbone(images_B3HW)

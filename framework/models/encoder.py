@@ -3,13 +3,13 @@
 # B image, S token, D model width
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from framework.models.attention import Pyramid
 from framework.models.on_cpu import AfterAttention, trains_on_cpu
+from framework.models.recompute import Layer, run
 from ops.dropout import add_dropout_, relu_dropout_
 
 
@@ -52,19 +52,10 @@ class Encoder(nn.Module):
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.run = run
+        self.run: Layer = run
 
     def forward(self, tokens_BSD: Tensor, pyramid: Pyramid) -> Tensor:
         centres_BS2 = pyramid.centres_BS2()
         for layer in self.layers:
             tokens_BSD = self.run(layer, tokens_BSD, centres_BS2, pyramid)
         return tokens_BSD
-
-
-def run(layer: Callable[..., Tensor], *inputs: object) -> Tensor:
-    return layer(*inputs)
-
-
-def recomputed(layer: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """Keep no activations of the layer; compute them again in backward."""
-    return checkpoint(layer, *inputs, use_reentrant=False)

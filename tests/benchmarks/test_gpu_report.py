@@ -44,3 +44,10 @@ def test_misuse():
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="no GPU that torch can use"):
             gpu_report.main(["--parts", "op"])
+
+
+def test_the_published_code_takes_its_place_in_the_commands():
+    asked = [gpu_report.with_published(line, ["--published", "DIR"]) for line in gpu_report.PARTS["sides"]]
+    assert sum(line[-2:] == ["--published", "DIR"] for line in asked) == 2
+    for line in gpu_report.PARTS["sides"]:
+        assert gpu_report.PUBLISHED not in gpu_report.with_published(line, [])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 
-from framework.models import attention, encoder
+from framework.models import encoder, recompute
 from framework.models.attention import MultiheadAttention, Pyramid
 from framework.models.encoder import EncoderLayer
 from framework.models.on_cpu import Attend
@@ -84,34 +84,49 @@ def gradients(call):
 
 
 def test_frozen_weights_recomputed_layers_and_sums_of_gradients(monkeypatch):
-    ours, again = gradients(encoder.run), gradients(encoder.recomputed)
+    ways = recompute.run, recompute.recomputed, recompute.cheap_part_recomputed
+    ours, again, cheaply = map(gradients, ways)
     monkeypatch.setattr(encoder, "trains_on_cpu", lambda *_: False)
-    plain = gradients(encoder.run)
-    assert_same(ours, plain)
-    assert_same(again, plain)
-
-
-def looked(padded):
-    padding_BS = torch.zeros(B, S, dtype=torch.bool)
-    padding_BS[1, 15:] = padded
-
-    def call(layer, query_BQD, key_BSD, value_BSD):
-        return layer(query_BQD, key_BSD, value_BSD, padding_BS if padded else None)[0]
-
-    return call
+    plain = gradients(recompute.run)
+    for found in (ours, again, cheaply):
+        assert_same(found, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
 def test_dense_attention_is_torchs(padded, dtype, monkeypatch):
-    layer = MultiheadAttention(D, 4, batch_first=True).to(dtype).train()
+    """Where next to nothing is dropped."""
+    layer = MultiheadAttention(D, 4, dropout=1e-9, batch_first=True).to(dtype).train()
     inputs = torch.randn(B, 7, D, dtype=dtype), *torch.randn(2, B, S, D, dtype=dtype)
-    ours = outputs_and_gradients(layer, looked(padded), *inputs)
+    padding_BS = torch.zeros(B, S, dtype=torch.bool)
+    padding_BS[1, 15:] = padded
+
+    def call(layer, *inputs):
+        return layer(*inputs, padding_BS if padded else None)[0]
+
+    ours = outputs_and_gradients(layer, call, *inputs)
+    monkeypatch.setattr(layer, "dropout", 0.0)
+    plain = outputs_and_gradients(layer, call, *inputs)
     assert "AttendBackward" in functions(ours[0])
-    monkeypatch.setattr(attention, "has_kernel_here", lambda _: False)
-    plain = outputs_and_gradients(layer, looked(padded), *inputs)
     assert "AttendBackward" not in functions(plain[0])
     assert_same(ours, plain, **({} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}))
+
+
+def test_where_torchs_attention_stays():
+    layer = MultiheadAttention(D, 4, dropout=0.1, batch_first=True).train()
+    inputs = torch.randn(3, B, S, D)
+
+    def ours(**settings):
+        return "AttendBackward" in functions(layer(*inputs, **settings)[0])
+
+    assert ours()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours()
+    assert not ours(need_weights=True)
+    with BaseTorchFunctionMode():
+        assert not ours()
+    layer.eval()
+    assert not ours()
 
 
 def test_gradients_of_dense_attention_are_of_what_it_dropped():
