@@ -147,8 +147,8 @@ def test_every_field_is_read_by_training(tmp_path, monkeypatch):
         train.main(arguments(tmp_path, tmp_path / kind, *settings, *changes))
     # Read where a set is behind a URL (tests/data/test_remote.py), where a step is skipped (engine/test_guard.py), with
     # CUDA graphs (engine/test_graphs.py), and where a configuration is refused (engine/test_optimizer.py).
-    elsewhere = ["data.cache", "data.cache_gib", "engine.compile_layers", "engine.quantized_weights",
-                 "engine.quantized_gradients", "guard.max_skipped"]  # fmt: skip
+    elsewhere = ["data.cache", "data.cache_gib", "engine.compile_layers", "engine.keep_products",
+                 "engine.quantized_weights", "engine.quantized_gradients", "guard.max_skipped"]  # fmt: skip
     assert [name for name, leaf in leaves.items() if leaf not in read] == elsewhere
 
 
