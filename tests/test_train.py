@@ -218,6 +218,15 @@ def test_weights_that_no_rank_holds_whole_and_their_average(data, whole, tmp_pat
     assert any((trained[name] != averaged[name]).any() for name in trained)
 
 
+def test_sending_early_and_computing_again_change_no_step(data, whole, tmp_path):
+    run = tmp_path / "run"
+    settings = ("overlap_comm", "activation_checkpointing", "keep_products")
+    result = launch(data, run, *(f"engine.{name}=true" for name in settings), "train.epochs=1")
+    assert result.returncode == 0, result.stderr
+    a, b = lines(whole), lines(run)
+    assert [b[s]["loss/total"] for s in b] == pytest.approx([a[s]["loss/total"] for s in b], rel=2e-5)
+
+
 def test_which_checkpoints_stay(tmp_path):
     for step, ap in ((10, 0.1), (30, 0.5), (60, 0.4)):
         write_json(tmp_path / f"evaluation/step-{step:08d}.json", {"step": step, "AP": ap})

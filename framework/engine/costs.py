@@ -63,9 +63,10 @@ def weights_of(model: nn.Module) -> list[Weight]:
 class Setup:
     """What the costs depend on beside the stage.
 
-    zero: DeepSpeed's own zero_optimization settings, of which reduce_bucket_size, param_persistence_threshold,
-    max_live_parameters and max_reuse_distance are read. buffers: elements, float32. accumulation: micro-batches of a
-    step and rank. lower_bytes: of an element of autocast's dtype, 4 without autocast; stage 0 never has one.
+    zero: DeepSpeed's own zero_optimization settings, of which reduce_bucket_size, overlap_comm,
+    param_persistence_threshold, max_live_parameters and max_reuse_distance are read. buffers: elements, float32.
+    accumulation: micro-batches of a step and rank. lower_bytes: of an element of autocast's dtype, 4 without autocast;
+    stage 0 never has one.
     """
 
     weights: Sequence[Weight]
@@ -103,7 +104,7 @@ def memory(stage: int, setup: Setup) -> dict[str, int]:
     weights, gradients, optimizer = everything, trainable, 3 * setup.share(trainable)
     bucket = setup.zero.reduce_bucket_size
     dtypes = {setup.lower_bytes if one.lower else 4 for one in setup.weights if one.trainable}
-    buckets = 4 * bucket * len(dtypes)
+    buckets = 4 * bucket * len(dtypes) * (2 if setup.zero.overlap_comm else 1)
     if stage == 0:
         buckets, optimizer = 4 * min(trainable, STAGE_0_BUCKET), 2 * trainable
     if stage == 2:

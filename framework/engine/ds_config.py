@@ -32,6 +32,8 @@ class EngineConfig:
     keep_products: with it, keep what sampling and matrix products gave, but for wide ones: more memory, and little is
         computed again. A CPU keeps what sampling gave. Not with stage 3, which gathers weights in between.
     offload_optimizer: moments and a copy of the fp32 weights in host memory, Adam there too.
+    overlap_comm: at stages 1 and 2 send gradients while backward computes the next ones, not after it: for several GPUs
+        without cuda_graphs; a second set of buckets. Stage 3 always does.
     secondary_partition: of ZeRO++ (Wang et al. 2023), for stage 3 over several nodes: a second copy of the weights
         shared among so many neighbouring ranks (GPUs of a node), so that backward does not gather over the network;
         1: none.
@@ -46,6 +48,7 @@ class EngineConfig:
     activation_checkpointing: bool = False
     keep_products: bool = False
     offload_optimizer: bool = False
+    overlap_comm: bool = False
     secondary_partition: int = 1
     quantized_weights: bool = False
     quantized_gradients: bool = False
@@ -84,6 +87,12 @@ class EngineConfig:
                 f"engine.keep_products, engine.activation_checkpointing, engine.zero_stage: found true, "
                 f"{str(self.activation_checkpointing).lower()} and {self.zero_stage}; expected true, true and a stage "
                 "below 3: set engine.keep_products=false, or the others"
+            )
+        if self.overlap_comm and (self.zero_stage == 0 or self.cuda_graphs):
+            raise UsageError(
+                f"engine.overlap_comm, engine.zero_stage, engine.cuda_graphs: found true, {self.zero_stage} and "
+                f"{str(self.cuda_graphs).lower()}; stage 0 and graphs have all gradients at the end of backward: set "
+                "engine.overlap_comm=false, or the others to 1 and false"
             )
         if self.zero_stage == 0 and self.offload_optimizer:
             raise UsageError("engine.zero_stage, engine.offload_optimizer: found 0 and true; set engine.zero_stage=1")
@@ -127,6 +136,8 @@ def deepspeed_config(
     zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": BUCKET}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if config.zero_stage < 3:
+        zero["overlap_comm"] = config.overlap_comm
     if config.zero_stage == 3:  # with stage3_max_reuse_distance=0, which would keep less, losses come out wrong
         zero["zero_hpz_partition_size"] = config.secondary_partition
     return {

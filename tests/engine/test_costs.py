@@ -112,10 +112,17 @@ def test_the_largest_batches_that_are_planned_are_those_that_fitted():
 
 def setup_of(model, **changes):
     zero = SimpleNamespace(reduce_bucket_size=1000, param_persistence_threshold=100_000, max_live_parameters=10**9,
-                           max_reuse_distance=10**9)  # fmt: skip
+                           max_reuse_distance=10**9, overlap_comm=False)  # fmt: skip
     settings = {"buffers": sum(b.numel() for b in model.buffers()), "world": 1, "accumulation": 1, "lower_bytes": 4,
                 "recomputed": False, "offload_optimizer": False, "zero": zero}  # fmt: skip
     return Setup(costs.weights_of(model), **settings | changes)
+
+
+def test_sending_early_takes_a_second_set_of_buckets():
+    setup = setup_of(meta_detector(TINY))
+    early = replace(setup, zero=SimpleNamespace(**vars(setup.zero) | {"overlap_comm": True}))
+    for stage, factor in ((0, 1), (1, 2), (2, 2), (3, 1)):
+        assert costs.memory(stage, early)["buckets"] == factor * costs.memory(stage, setup)["buckets"]
 
 
 def test_weights_of_the_published_detector():

@@ -7,8 +7,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
-from framework.engine.ds_config import EngineConfig
-from framework.errors import UsageError
 from framework.models.recompute import SAMPLING
 from ops import reference
 from tests.models.test_build import small
@@ -78,9 +76,3 @@ def test_narrow_products_are_kept_where_no_kernel_uses_them_up(kind, dropout, ff
 def test_gradients_stay_the_same_on_a_gpu(kind, way):
     whole, again = (step(kind, 0.3, way, device="cuda")[0] for way in ("kept", way))
     torch.testing.assert_close(whole, again, rtol=1e-3, atol=1e-4 * whole.abs().max().item())
-
-
-@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True, "zero_stage": 3}])
-def test_products_are_kept_where_the_rest_is_recomputed(settings):
-    with pytest.raises(UsageError, match="engine.keep_products"):
-        EngineConfig(keep_products=True, **settings)
