@@ -29,11 +29,11 @@ class EngineConfig:
     compile_layers: of encoder and decoder, by torch.compile, for the graphs: a start of about a minute, then faster.
         Needs a C compiler on every node.
     activation_checkpointing: keep only the inputs of transformer layers, compute the rest again in backward.
-    keep_products: with it, keep what sampling and matrix products gave, but for wide ones: more memory, and little is
+    keep_products: with it, keep what sampling and matrix products gave, but for wide ones: more memory, and less is
         computed again. A CPU keeps what sampling gave. Not with stage 3, which gathers weights in between.
     offload_optimizer: moments and a copy of the fp32 weights in host memory, Adam there too.
     overlap_comm: at stages 1 and 2 send gradients while backward computes the next ones, not after it: for several GPUs
-        without cuda_graphs; a second set of buckets. Stage 3 always does.
+        without cuda_graphs; a second set of buckets. Stage 3 always does so.
     secondary_partition: of ZeRO++ (Wang et al. 2023), for stage 3 over several nodes: a second copy of the weights
         shared among so many neighbouring ranks (GPUs of a node), so that backward does not gather over the network;
         1: none.
@@ -88,11 +88,11 @@ class EngineConfig:
                 f"{str(self.activation_checkpointing).lower()} and {self.zero_stage}; expected true, true and a stage "
                 "below 3: set engine.keep_products=false, or the others"
             )
-        if self.overlap_comm and (self.zero_stage == 0 or self.cuda_graphs):
+        if self.overlap_comm and (self.zero_stage not in (1, 2) or self.cuda_graphs):
             raise UsageError(
                 f"engine.overlap_comm, engine.zero_stage, engine.cuda_graphs: found true, {self.zero_stage} and "
-                f"{str(self.cuda_graphs).lower()}; stage 0 and graphs have all gradients at the end of backward: set "
-                "engine.overlap_comm=false, or the others to 1 and false"
+                f"{str(self.cuda_graphs).lower()}; stage 0 and graphs have all gradients at the end of backward, stage "
+                "3 overlaps anyway: set engine.overlap_comm=false, or the others to 1 or 2 and false"
             )
         if self.zero_stage == 0 and self.offload_optimizer:
             raise UsageError("engine.zero_stage, engine.offload_optimizer: found 0 and true; set engine.zero_stage=1")

@@ -64,7 +64,10 @@ class DeformableAttention(nn.Module):
 
 class MultiheadAttention(nn.MultiheadAttention):
     """torch's. Training on a CPU, torch would draw the numbers of its dropout one by one, on one core, and keep three
-    matrices of weights."""
+    matrices of weights. These are float32 under autocast, too."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float):
+        super().__init__(width, num_heads, dropout=dropout, batch_first=True)
 
     def forward(  # type: ignore[override]
         self,
@@ -83,9 +86,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         inputs = query_BQD, key_BSD, value_BSD
         weights, biases = self.in_proj_weight.split(D), self.in_proj_bias.split(D)
         projected = map(linear, inputs, weights, biases)
-        query_BMQE, *others = (x.unflatten(-1, (M, D // M)).transpose(1, 2) for x in projected)
-        seen_BMQE = Attend.apply(query_BMQE * (D // M) ** -0.5, *others, key_padding_mask, self.dropout)
-        return self.out_proj(seen_BMQE.transpose(1, 2).flatten(2)), None
+        query_BMQE, *others = (x.unflatten(-1, (M, D // M)).transpose(1, 2).float() for x in projected)
+        with torch.autocast("cpu", enabled=False):
+            seen_BMQE = Attend.apply(query_BMQE * (D // M) ** -0.5, *others, key_padding_mask, self.dropout)
+        return self.out_proj(seen_BMQE.transpose(1, 2).flatten(2).to(query_BQD.dtype)), None
 
 
 class DenseAttention(nn.Module):
@@ -93,7 +97,7 @@ class DenseAttention(nn.Module):
 
     def __init__(self, width: int, num_heads: int, dropout: float):
         super().__init__()
-        self.attend = MultiheadAttention(width, num_heads, dropout=dropout, batch_first=True)
+        self.attend = MultiheadAttention(width, num_heads, dropout)
 
     def forward(self, query_BQD: Tensor, references_BQn: Tensor | None, tokens_BSD: Tensor, pyramid: Pyramid) -> Tensor:
         """query already holds its position. Returns (B, Q, D)."""

@@ -33,7 +33,7 @@ class BoxHead(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, cross_attention: nn.Module, width: int, num_heads: int, ffn_width: int, dropout: float):
         super().__init__()
-        self.self_attention = MultiheadAttention(width, num_heads, dropout=dropout, batch_first=True)
+        self.self_attention = MultiheadAttention(width, num_heads, dropout)
         self.self_norm = nn.LayerNorm(width)
         self.cross_attention = cross_attention
         self.cross_norm = nn.LayerNorm(width)

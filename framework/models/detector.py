@@ -13,7 +13,7 @@ from framework.models.attention import Pyramid
 from framework.models.decoder import Decoder
 from framework.models.encoder import Encoder
 from framework.models.position import sine_position
-from framework.models.recompute import cheap_part_recomputed, recomputed
+from framework.models.recompute import dear_parts_kept, recomputed
 
 
 @dataclass
@@ -66,9 +66,9 @@ class Detector(nn.Module):
         return Predictions(logits_KBQC, boxes_KBQ4, proposals)
 
     def recompute_activations(self, *, keep_products: bool = False) -> None:
-        """Keep only each layer's input for backward: less memory, about a third more time. keep_products: what
-        attention and matrix products gave, too, so that only the cheap part is computed again."""
-        self.encoder.run = self.decoder.run = cheap_part_recomputed if keep_products else recomputed
+        """Keep only each layer's input for backward: less memory, about a third more time. keep_products: keep
+        what `recompute.dear_parts_kept` says, too, and compute less again."""
+        self.encoder.run = self.decoder.run = dear_parts_kept if keep_products else recomputed
 
     def _maps(self, images_B3HW: Tensor) -> list[Tensor]:
         features = self.backbone(images_B3HW)

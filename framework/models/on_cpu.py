@@ -85,9 +85,10 @@ class AfterAttention(torch.autograd.Function):
 
 
 class Attend(torch.autograd.Function):
-    """dropout(softmax(query key^T)) value, of which the softmax alone is kept.
+    """dropout(softmax(query key^T)) value, of whose matrices (B, M, Q, S) the softmax alone is kept.
 
-    query: (B, M, Q, E), scaled; key and value: (B, M, S, E). padding: None or bool (B, S), True on what is not seen.
+    query: (B, M, Q, E), scaled; key and value: (B, M, S, E); float32. padding: None or bool (B, S), True on what is not
+    seen.
     """
 
     @staticmethod
@@ -110,7 +111,7 @@ class Attend(torch.autograd.Function):
         grad_value_BMSE = _dropped(ctx, looks_BMQS, memory_BMQS).transpose(-2, -1) @ grad_BMQE
         grad_BMQS = torch.matmul(grad_BMQE, value_BMSE.transpose(-2, -1), out=memory_BMQS)
         _dropped(ctx, grad_BMQS, grad_BMQS)
-        softmax_backward(grad_BMQS, looks_BMQS, -1, looks_BMQS.dtype, grad_input=grad_BMQS)
+        softmax_backward(grad_BMQS, looks_BMQS, -1, torch.float32, grad_input=grad_BMQS)
         return grad_BMQS @ key_BMSE, grad_BMQS.transpose(-2, -1) @ query_BMQE, grad_value_BMSE, None, None
 
 

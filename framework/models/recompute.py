@@ -27,10 +27,10 @@ def recomputed(layer: Layer, *inputs: object) -> Tensor:
     return checkpoint(layer, *inputs, use_reentrant=False)
 
 
-def cheap_part_recomputed(layer: Layer, x: Tensor, *inputs: object) -> Tensor:
+def dear_parts_kept(layer: Layer, x: Tensor, *inputs: object) -> Tensor:
     """Keep what the operator and matrix products gave, but for products wider than what they are made of. The rest is
-    computed again: norms, dropout, sums, casts, the wide half of a feed-forward layer. Dense attention too: its dropout
-    draws numbers inside, and those after it would be others if it were left out.
+    computed again: norms, dropout, sums, casts, and the wide half of a feed-forward layer, a third of the layer's
+    products. Dense attention too: its dropout draws numbers inside, and those after it would be others without.
 
     On a CPU, whose kernels use the memory of products up, only what the operator gave is kept.
     """

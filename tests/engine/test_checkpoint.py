@@ -11,7 +11,7 @@ from torch import nn
 
 from data_tools.sample import read_manifest
 from framework.data.loader import DataConfig, TrainLoader
-from framework.engine import checkpoint
+from framework.engine import checkpoint, ds_config
 from framework.engine.checkpoint import Checkpoints
 from framework.engine.ds_config import EngineConfig, deepspeed_config, start_engine
 from framework.engine.ema import Ema
@@ -107,6 +107,15 @@ def save_and_resume(ranks: Ranks, run_dir: Path) -> dict[int, tuple[list[float],
     }
 
 
+def sent_early(ranks: Ranks, run_dir: Path) -> list[list[float]]:
+    """By stage and by whether gradients are sent while backward goes on, in buckets of a few weights."""
+    ds_config.BUCKET, usual = 40, ds_config.BUCKET
+    found = [train(engine_of(ranks, stage, overlap_comm=early), ranks, range(4))
+             for stage in (1, 2) for early in (False, True)]  # fmt: skip
+    ds_config.BUCKET = usual
+    return found
+
+
 def resume_at_other_stages(ranks: Ranks, run_dir: Path) -> dict[int, list[float]]:
     return {stage: second_half(ranks, STAGES[stage - 1], run_dir / f"{stage}") for stage in STAGES}
 
@@ -122,6 +131,12 @@ def test_resume_is_exact_in_the_same_world_and_close_in_another(world, tmp_path)
     for others in run_ranks(3 - world, resume_at_other_stages, tmp_path):
         for stage, losses in others.items():
             assert losses == pytest.approx(per_stage[stage][1], rel=1e-5)
+
+
+def test_sending_gradients_early_changes_no_step(tmp_path):
+    for after, early, after_2, early_2 in run_ranks(2, sent_early, tmp_path):
+        assert early == pytest.approx(after, rel=1e-6)
+        assert early_2 == pytest.approx(after_2, rel=1e-6)
 
 
 def with_other_keys(ranks: Ranks, run_dir: Path) -> list[list[float]]:

@@ -237,7 +237,7 @@ def test_deepspeed_sends_and_holds_what_is_planned():
               "reduce-scatter": "reduce_scatter_tensor"}  # fmt: skip
     for stage, (sent, buckets, optimizer) in zip((1, 2, 3), found, strict=True):
         zero = SimpleNamespace(reduce_bucket_size=400_000, param_persistence_threshold=100_000,
-                               max_live_parameters=10**9, max_reuse_distance=10**9)  # fmt: skip
+                               max_live_parameters=10**9, max_reuse_distance=10**9, overlap_comm=False)  # fmt: skip
         setup = setup_of(Net(), world=2, accumulation=accumulation, lower_bytes=2, zero=zero)
         planned = Counter()
         for one in costs.traffic(stage, setup):

@@ -101,6 +101,7 @@ def test_apex_is_asked_for_where_it_is_not(monkeypatch):
         (dict(zero_stage=3, quantized_weights=True), "engine.quantized_weights: found true; DeepSpeed would"),
         (dict(zero_stage=0, offload_optimizer=True), "engine.zero_stage, engine.offload_optimizer"),
         (dict(zero_stage=0, overlap_comm=True), "engine.overlap_comm, .*: found true, 0 and false"),
+        (dict(zero_stage=3, overlap_comm=True), "engine.overlap_comm, .*: found true, 3 and false"),
         (dict(cuda_graphs=True, overlap_comm=True), "engine.overlap_comm, .*: found true, 1 and true"),
         (dict(keep_products=True), "engine.keep_products, .*: found true, false and 1"),
         (

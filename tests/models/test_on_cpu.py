@@ -84,7 +84,7 @@ def gradients(call):
 
 
 def test_frozen_weights_recomputed_layers_and_sums_of_gradients(monkeypatch):
-    ways = recompute.run, recompute.recomputed, recompute.cheap_part_recomputed
+    ways = recompute.run, recompute.recomputed, recompute.dear_parts_kept
     ours, again, cheaply = map(gradients, ways)
     monkeypatch.setattr(encoder, "trains_on_cpu", lambda *_: False)
     plain = gradients(recompute.run)
@@ -96,7 +96,7 @@ def test_frozen_weights_recomputed_layers_and_sums_of_gradients(monkeypatch):
 @pytest.mark.parametrize("padded", [False, True])
 def test_dense_attention_is_torchs(padded, dtype, monkeypatch):
     """Where next to nothing is dropped."""
-    layer = MultiheadAttention(D, 4, dropout=1e-9, batch_first=True).to(dtype).train()
+    layer = MultiheadAttention(D, 4, 1e-9).to(dtype).train()
     inputs = torch.randn(B, 7, D, dtype=dtype), *torch.randn(2, B, S, D, dtype=dtype)
     padding_BS = torch.zeros(B, S, dtype=torch.bool)
     padding_BS[1, 15:] = padded
@@ -113,7 +113,7 @@ def test_dense_attention_is_torchs(padded, dtype, monkeypatch):
 
 
 def test_where_torchs_attention_stays():
-    layer = MultiheadAttention(D, 4, dropout=0.1, batch_first=True).train()
+    layer = MultiheadAttention(D, 4, 0.1).train()
     inputs = torch.randn(3, B, S, D)
 
     def ours(**settings):
@@ -127,6 +127,21 @@ def test_where_torchs_attention_stays():
         assert not ours()
     layer.eval()
     assert not ours()
+
+
+def test_dense_attention_errs_no_more_than_torchs_under_autocast():
+    """With weights that differ much: logits of a spread of about 10."""
+    layer, inputs = MultiheadAttention(32, 4, 0.0).train(), torch.randn(3, B, 40, 32)
+    with torch.no_grad():
+        layer.in_proj_weight[:64] *= 3.0
+
+    def error(dropout):
+        layer.dropout = dropout
+        with torch.autocast("cpu", torch.bfloat16):
+            return (layer(*inputs)[0].float() - exact).norm().item()
+
+    exact = layer(*inputs)[0]
+    assert 0 < error(1e-9) < 1.2 * error(0.0)
 
 
 def test_gradients_of_dense_attention_are_of_what_it_dropped():
@@ -147,7 +162,7 @@ def test_gradients_of_dense_attention_are_of_what_it_dropped():
 
 def test_dense_attention_drops_looks():
     """One that sees itself in all others alike gives back what was not dropped, scaled."""
-    layer = MultiheadAttention(D, 4, dropout=0.25, batch_first=True).train()
+    layer = MultiheadAttention(D, 4, 0.25).train()
     for weight in layer.parameters():
         nn.init.zeros_(weight)
     nn.init.ones_(layer.in_proj_bias)
