@@ -113,7 +113,6 @@ def init_ranks(patience: timedelta | None = None, meeting: Meeting | None = None
 
     rank, world, local_rank = numbers()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
     store = None
     if world > 1 and not dist.is_initialized():
         store = _open_store(rank, world, STORE_PATIENCE_S if meeting is None else meeting.wait_s)
@@ -136,8 +135,10 @@ def init_ranks(patience: timedelta | None = None, meeting: Meeting | None = None
     if not dist.is_initialized():
         waits = patience or default_pg_timeout
         with meeting.bounded("a process group") if store and meeting else contextlib.nullcontext():
-            if store is not None:
-                dist.init_process_group(backend, timeout=waits, store=store, rank=rank, world_size=world)
+            if store is not None or world == 1:  # nobody else has to find the store of a process that is alone
+                dist.init_process_group(
+                    backend, timeout=waits, store=store or dist.HashStore(), rank=rank, world_size=world
+                )
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=waits)
             if world > 1 and backend == "nccl":
                 host_group = dist.new_group(backend="gloo", timeout=waits)
@@ -150,6 +151,9 @@ def init_ranks(patience: timedelta | None = None, meeting: Meeting | None = None
 
 def _open_store(rank: int, world: int, wait_s: float) -> dist.Store:
     """Which rank 0 serves, but under torchrun, whose agent does."""
+    if "MASTER_PORT" not in os.environ:
+        raise UsageError(f"MASTER_PORT: not set, with {world} processes; start them with deepspeed, torchrun or srun, "
+                         "or set it to a free port, the same for all")  # fmt: skip
     host, port, here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = rank == 0 and not agent
@@ -169,9 +173,3 @@ def _open_store(rank: int, world: int, wait_s: float) -> dist.Store:
                          "it has ended, or is not reached") from error  # fmt: skip
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent else "0"
     return dist.PrefixStore(f"tenfold/{attempt}", store)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

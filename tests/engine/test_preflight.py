@@ -140,6 +140,7 @@ def test_a_port_that_is_taken_a_name_that_is_unknown_and_a_rank_0_that_is_not_th
         taken.listen()
         port = str(taken.getsockname()[1])
         assert f"MASTER_PORT: something else listens at port {port} of " in opened(MASTER_PORT=port)
+    assert "MASTER_PORT: not set, with 2 processes" in opened()
     assert "does not know the name no.such.host" in opened(MASTER_ADDR="no.such.host", MASTER_PORT="20000")
     port = str(free_port())
     assert f"rank 1 on {socket.gethostname()} finds no rank 0 at 127.0.0.1:{port}" in opened(RANK="1", MASTER_PORT=port)
