@@ -1,20 +1,22 @@
 """What a training step costs each rank under each ZeRO stage: memory and traffic.
 
 The formulas are those of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py) as
-ds_config.py sets it up: torch_autocast keeps every weight in float32, so there is no copy of all weights in 16 bits.
+ds_config.py sets it up, stage 1 with zero_1.py in it: torch_autocast keeps every weight in float32, so there is no copy
+of all weights in 16 bits.
 P parameters, T of them trainable, W ranks, B elements of reduce_bucket_size; memory in elements of 4 bytes:
 
     stage   weights         gradients         buckets              optimizer
     0       P               T                 min(T, B)            2 T      moments; the weights are the masters
-    1       P               T                 B each dtype         3 T / W  moments and float32 masters
+    1       P               T                 none, or as stage 2  3 T / W  moments and float32 masters
     2       P               T / W, twice if   B each dtype         3 T / W
                             accumulated
     3       P / W + P       T / W             B each dtype, in     3 T / W
                                               that dtype
 
-Buckets are where gradients are collected for a collective: of stages 1 and 2 float32 ones, one for each dtype that is
-sent, of their full size whatever the model's. Stage 3 gathers weights where they are used and keeps them as long as
-they are used again within max_reuse_distance elements: for models of less than half of that, to the end of backward.
+Buckets are where gradients are collected for a collective: of stage 2 float32 ones, one for each dtype that is sent, of
+their full size whatever the model's, twice with overlap_comm; of stage 1 those only where it cannot handle all at once.
+Stage 3 gathers weights where they are used and keeps them as long as they are used again within max_reuse_distance
+elements: for models of less than half of that, to the end of backward.
 """
 
 import contextlib
@@ -88,6 +90,10 @@ class Setup:
     def share(self, elements: int) -> int:
         return -(-elements // self.world)
 
+    def at_once(self, stage: int) -> bool:
+        """Whether zero_1.py handles gradients."""
+        return stage == 1 and not self.zero.overlap_comm and not self.offload_optimizer
+
     @property
     def kept_until_backward(self) -> bool:
         """Whether stage 3 keeps weights that forward has gathered; between two uses lie at most two passes."""
@@ -107,6 +113,8 @@ def memory(stage: int, setup: Setup) -> dict[str, int]:
     buckets = 4 * bucket * len(dtypes) * (2 if setup.zero.overlap_comm else 1)
     if stage == 0:
         buckets, optimizer = 4 * min(trainable, STAGE_0_BUCKET), 2 * trainable
+    if setup.at_once(stage):
+        buckets = 0
     if stage == 2:
         gradients = setup.share(trainable) * (2 if setup.accumulation > 1 else 1)
     if stage == 3:
@@ -138,8 +146,9 @@ def traffic(stage: int, setup: Setup) -> list[Collective]:
 
     A ring of W ranks sends (W - 1) / W of the tensor for a reduce-scatter or an all-gather, and twice that for an
     all-reduce. Source: Rajbhandari et al. 2020, section 7, who count 2 times the weights for stages 0 to 2 and 3 times
-    for stage 3. DeepSpeed differs: stages 1 and 2 all-reduce gradients instead of scattering them
-    (use_multi_rank_bucket_allreduce) and gather float32 weights; stage 2 does it for every micro-batch, stage 1 once;
+    for stage 3. Stages 1 and 2 gather float32 weights; stage 1 scatters float32 gradients, once; stage 2, and stage 1
+    where it does not handle them all at once, all-reduces those of layers that compute in lower precision in that
+    (DeepSpeed's use_multi_rank_bucket_allreduce), stage 2 for every micro-batch;
     stage 3 gathers once a micro-batch what it keeps until backward, else twice, and three times when layers are
     computed again. Parameters of up to param_persistence_threshold elements are gathered once a step, in float32.
     """
@@ -152,6 +161,8 @@ def traffic(stage: int, setup: Setup) -> list[Collective]:
     updated_bytes = 4 * setup.elements(trainable=True)
     if stage == 0:
         return [ring("all-reduce", "gradients", 1, updated_bytes)]
+    if setup.at_once(stage):
+        return [ring("reduce-scatter", "gradients", 1, updated_bytes), ring("all-gather", "weights", 1, updated_bytes)]
     if stage < 3:
         times = setup.accumulation if stage == 2 else 1
         return [

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from framework.engine.zero_1 import GradientsAtOnce
 from framework.errors import UsageError
 from framework.models.backbone import ScalableConv2d
 
@@ -169,13 +170,21 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: 
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
     _import_without_compiling("deepspeed.runtime.zero.muon.muon_optimizer")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    if ds_config["zero_optimization"]["stage"] == 0:
+    zero = ds_config["zero_optimization"]
+    if zero["stage"] == 0:
         skip_where_told(engine.optimizer)
-    elif ds_config["zero_optimization"]["stage"] < 3:
+    elif at_once(zero):
+        GradientsAtOnce(engine.optimizer)
+    elif zero["stage"] < 3:
         spare_the_processor(engine.optimizer)
     if ds_config["torch_autocast"]["dtype"] == "float16":
         scale_losses(engine.optimizer)
     return engine
+
+
+def at_once(zero: dict[str, Any]) -> bool:
+    """Whether gradients are handled all at once, given the settings of deepspeed_config's zero_optimization."""
+    return zero["stage"] == 1 and not zero.get("overlap_comm") and "offload_optimizer" not in zero
 
 
 def _import_without_compiling(module: str) -> None:
