@@ -1,12 +1,14 @@
 """What the engine may cost and change: losses over ZeRO stages and worlds, resuming anywhere, saving, DeepSpeed itself.
 
-    python -m benchmarks.engine [--parts losses elastic save overhead processes]
+    python -m benchmarks.engine [--parts losses elastic save overhead processor processes]
 
 losses: 20 steps of a small detector on drawn images, in fp32 and bf16, beside a plain torch loop. What chooses (the
     matcher, the proposals of a two-stage model) may choose otherwise after a difference in the last bit.
 elastic: resumed inside an epoch, from every ZeRO stage on 1, 2, 4 processes at every stage on 1, 2, 4: 144 pairs.
 save: R50 base; what a save takes from the step, on the disk, and when it is resumed from.
 overhead: R50 base, 480 x 640, one image: a step through DeepSpeed, and a plain torch loop, in turns; and where it goes.
+processor: what the processor does about gradients and the update beside arithmetic: R50 base with layers of few
+    numbers, whose gradients are given, through ZeRO 1 as DeepSpeed does it, ours, and a plain torch loop, in turns.
 processes: R50 base, 480 x 640, one image for each of two processes with a thread each: through DeepSpeed together (ZeRO
     0 and 1), both at once for themselves, and one while the other waits, in turns.
 Writes docs/results/engine.{json,md}.
@@ -19,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,9 @@ from data_tools import convert, synth
 from framework import config as configuration
 from framework.data.batch import Batch, blank_batch
 from framework.data.loader import DataConfig, TrainLoader
-from framework.engine import checkpoint
+from framework.engine import checkpoint, ds_config
 from framework.engine.checkpoint import Checkpoints
-from framework.engine.ds_config import EngineConfig, deepspeed_config, start_engine
+from framework.engine.ds_config import EngineConfig, at_once, deepspeed_config, start_engine
 from framework.engine.guard import Guard, GuardConfig
 from framework.engine.optimizer import OptimConfig, build_optimizer
 from framework.engine.ranks import Ranks
@@ -57,12 +60,14 @@ SMALL = ModelConfig(
 MODELS = {"base": SMALL, "two-stage": replace(SMALL, queries="proposals", refine_boxes=True)}
 OPTIM = OptimConfig(lr=2e-4)
 WIDE = configuration.load(ROOT / "configs/coco_r50_deformable.yaml", ["model.num_classes=91"])
+NARROW = replace(WIDE.model, width=32, ffn_width=32, backbone=replace(WIDE.model.backbone, width=16, weights=None))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts: dict[str, Callable[[Path], dict[str, Any]]]
-    parts = {"losses": losses, "elastic": elastic, "save": save, "overhead": overhead, "processes": processes}
+    parts = {"losses": losses, "elastic": elastic, "save": save, "overhead": overhead, "processor": processor,
+             "processes": processes}  # fmt: skip
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     args = parser.parse_args()
     for part in args.parts:
@@ -323,10 +328,10 @@ def in_turns(ranks: Ranks, sides: dict[str, Callable[[], Any]]) -> Iterator[tupl
             yield turn, name, time.perf_counter() - began
 
 
-def plain_side(ranks: Ranks) -> tuple[Detector, Callable[[], None]]:
+def plain_side(ranks: Ranks, config: ModelConfig = WIDE.model) -> tuple[Detector, Callable[[], None]]:
     """R50 base without DeepSpeed, and what updates it after backward."""
     torch.manual_seed(SEED)
-    model = build_detector(WIDE.model)
+    model = build_detector(config)
     optimizer = build_optimizer(model, OPTIM, ranks.device)
 
     def update() -> None:
@@ -382,6 +387,75 @@ def overhead_alone(ranks: Ranks) -> dict[str, Any]:
         for name, one in ratios.items()
         if name != "plain"
     }
+
+
+def processor(folder: Path) -> dict[str, Any]:
+    return run_ranks(1, processor_alone)[0]
+
+
+def processor_alone(ranks: Ranks) -> dict[str, Any]:
+    torch.set_num_threads(1)  # the arithmetic that is left takes none from another
+    engines = {"as DeepSpeed does it": narrow_engine(ranks, lambda zero: False), "ours": narrow_engine(ranks, at_once)}
+    model, update = plain_side(ranks, NARROW)
+    model.forward = Given(model)
+
+    def plain() -> None:
+        model().backward()
+        update()
+
+    def through(engine: Any) -> None:
+        engine.backward(engine())
+        engine.step()
+
+    sides = {"plain": plain} | {name: partial(through, engine) for name, engine in engines.items()}
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn, name, step_s in in_turns(ranks, sides):
+        if turn:
+            found[name].append(1e3 * step_s)
+    weights = [one for one in model.parameters() if one.requires_grad]
+    return {
+        "sides": [{"side": name, "a step (ms)": statistics.median(times)} for name, times in found.items()],
+        "weights": len(weights), "numbers, millions": sum(map(torch.Tensor.numel, weights)) / 1e6,
+        "ours, of DeepSpeed's": statistics.median(
+            a / b for a, b in zip(found["ours"], found["as DeepSpeed does it"], strict=True)
+        ),
+    }  # fmt: skip
+
+
+def narrow_engine(ranks: Ranks, ours: Callable[[dict[str, Any]], bool]) -> Any:
+    ds_config.at_once = ours
+    torch.manual_seed(SEED)
+    model = build_detector(NARROW)
+    model.forward = Given(model)
+    engine = start_engine(model, build_optimizer(model, OPTIM, ranks.device), deepspeed_config(
+        EngineConfig(zero_stage=1, precision="fp32"), device=ranks.device, global_batch=1, micro_batch=1,
+        accumulation=1, clip_norm=OPTIM.clip_norm,
+    ))  # fmt: skip
+    ds_config.at_once = at_once
+    return engine
+
+
+class Given:
+    """A loss whose gradients are there already, in one piece, as CUDA graphs leave them."""
+
+    def __init__(self, model: Detector) -> None:
+        self.weights = [one for one in model.parameters() if one.requires_grad]
+        self.gradients = 1e-3 * torch.randn(sum(map(torch.Tensor.numel, self.weights)))
+
+    def __call__(self) -> torch.Tensor:
+        return _Given.apply(self, *self.weights)
+
+
+class _Given(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, given: Given, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.given = given
+        return torch.ones(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        given = ctx.given
+        return None, *torch._utils._unflatten_dense_tensors(given.gradients.clone(), given.weights)
 
 
 def processes(folder: Path) -> dict[str, Any]:

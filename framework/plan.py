@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         schedule_text(schedule, config),
         memory_text(stages, config),
         traffic_text(stages),
-        pays_text(stages, pays, args.gpu_gib),
+        pays_text(stages, pays, args.gpu_gib, config),
         assignment_text(assignment),
     ]
     result = {"batch": batch, "epochs": epochs, "schedule": schedule, **stages, "pays": pays, "assignment": assignment}

@@ -105,7 +105,8 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     guard = Guard(config.guard, ranks, state.get("guard"))
     if config.train.rehearse and ranks.device.type == "cuda":
         grain = GRAIN if config.engine.cuda_graphs else 1
-        rehearse(engine, criterion, *train_set.largest(at.epoch, grain), ranks=ranks, grain=grain)
+        largest = train_set.largest(at.epoch, grain)
+        rehearse(engine, criterion, *largest, ranks=ranks, config=config.engine, grain=grain)
 
     per_epoch = train_set.steps_per_epoch
     end = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)

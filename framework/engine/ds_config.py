@@ -99,6 +99,17 @@ class EngineConfig:
             raise UsageError("engine.zero_stage, engine.offload_optimizer: found 0 and true; set engine.zero_stage=1")
 
 
+def memory_savers(config: EngineConfig) -> str:
+    """What to set where a batch does not fit, as words of a sentence."""
+    keys = {
+        "engine.activation_checkpointing=true": not config.activation_checkpointing,
+        "engine.keep_products=false": config.keep_products,
+        "engine.cuda_graphs=false": config.cuda_graphs,
+        "engine.precision=bf16": config.precision == "fp32" and config.zero_stage > 0,
+    }
+    return ", ".join(["a smaller train.micro_batch or data.max_size", *(key for key, helps in keys.items() if helps)])
+
+
 def precision_for(config: EngineConfig, device: torch.device) -> torch.dtype:
     """The dtype of matrix products."""
     if config.precision == "auto":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from framework.data.batch import Batch, blank_batch, padded_pixels
-from framework.engine.ds_config import loss_scaler
+from framework.engine.ds_config import EngineConfig, loss_scaler, memory_savers
 from framework.engine.ranks import Ranks
 from framework.engine.shares import shares_of
 from framework.errors import UsageError
@@ -14,8 +14,9 @@ from framework.losses.criterion import Criterion
 
 
 def rehearse(
-    engine: Any, criterion: Criterion, sizes_hw: list[tuple[int, int]], boxes: int, *, ranks: Ranks, grain: int = 1
-) -> None:
+    engine: Any, criterion: Criterion, sizes_hw: list[tuple[int, int]], boxes: int, *, ranks: Ranks,
+    config: EngineConfig, grain: int = 1,
+) -> None:  # fmt: skip
     """Forward and backward of the largest micro-batch of all ranks; its loss is NaN when it goes back, so nothing is
     applied.
 
@@ -51,9 +52,8 @@ def rehearse(
         fitting = f"{fit} of them fit in a forward and backward pass; "
     raise UsageError(
         f"train.micro_batch: a step on {images} images of {height} x {width} px, the largest of the epoch, "
-        f"does not fit in memory ({said}); {fitting}set a smaller "
-        "train.micro_batch, engine.activation_checkpointing=true, engine.precision=bf16, a smaller data.max_size, or a "
-        "higher engine.zero_stage"
+        f"does not fit in memory ({said}); {fitting}set {memory_savers(config)}"
+        f"{', or a higher engine.zero_stage' * (config.zero_stage < 3)}"
     )
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from framework.config import Config
+from framework.engine.ds_config import memory_savers
 from framework.engine.optimizer import GROUPS, other_batch
 
 GIB, MIB = 2**30, 2**20
@@ -80,7 +81,7 @@ def traffic_text(stages: dict[str, Any]) -> str:
     return "\n".join(["Sent by each GPU in a step, by rings", *columns(rows)])
 
 
-def pays_text(stages: dict[str, Any], pays: dict[str, Any], gpu_gib: float | None) -> str:
+def pays_text(stages: dict[str, Any], pays: dict[str, Any], gpu_gib: float | None, config: Config) -> str:
     lines = [
         "Which stage pays",
         f"  at stage 0 the optimizer is {pays['optimizer_share']:.0%} of the memory, activations "
@@ -96,7 +97,7 @@ def pays_text(stages: dict[str, Any], pays: dict[str, Any], gpu_gib: float | Non
         lines.append(f"  ZeRO pays: stage {pays['least_state']} saves {saved}")
     if gpu_gib is not None:
         smallest = pays["smallest_that_fits"]
-        advice = "take a smaller train.micro_batch or engine.activation_checkpointing=true"
+        advice = f"set {memory_savers(config.engine)}"
         lines.append(f"  the smallest stage that fits {gpu_gib:g} GiB: {smallest}" if smallest is not None
                      else f"  no stage fits {gpu_gib:g} GiB: {advice}")  # fmt: skip
     return "\n".join(lines)

@@ -218,7 +218,7 @@ def rehearsed(ranks: Ranks, broken_at: int | None) -> list[str]:
 
             run.engine.module.backbone.register_forward_pre_hook(full)
         try:
-            rehearse(run.engine, run.criterion, [(80, 96), (96, 72)], 5, ranks=ranks)
+            rehearse(run.engine, run.criterion, [(80, 96), (96, 72)], 5, ranks=ranks, config=EngineConfig(stage))
         except UsageError as error:
             told.append(str(error))
             continue
@@ -235,4 +235,5 @@ def test_the_largest_batch_first_changes_nothing_and_says_what_fits():
         for stage, message in enumerate(messages):
             assert message.startswith("train.micro_batch: a step on 2 images of 96 x 96 px") and "\n" not in message
             then = "1 of them fit" if stage < 3 else "set a smaller"  # where that needs the others, too
+            assert ("engine.zero_stage" in message) == (stage < 3)
             assert f"CUDA out of memory. Tried to allocate 2.00 GiB.); {then}" in message

@@ -42,7 +42,8 @@ def engine_of(ranks: Ranks, layers: int = 2) -> Any:
 
 
 def backward(engine: Any, seed: int, factor: float = 1.0) -> None:
-    engine.backward((engine(torch.randn(2, 7, generator=torch.Generator().manual_seed(seed))) * factor).square().mean())
+    x = torch.randn(2, 7, generator=torch.Generator().manual_seed(seed)).to(engine.device)
+    engine.backward((engine(x) * factor).square().mean())
 
 
 class Operators(TorchDispatchMode):
@@ -99,7 +100,9 @@ def train(ranks: Ranks, how: str) -> Trained:
         norms.append(step(STEPS + 1))
     assert engine.was_step_applied() and all(weight.grad is None for weight in engine.module.parameters())
     weights = dict(engine.module.named_parameters())
-    assert all(one.equal(weights[name.split("/")[1]]) for name, one in states().items() if name.startswith("weight/"))
+    assert all(
+        one.equal(weights[name.split("/")[1]].cpu()) for name, one in states().items() if name.startswith("weight/")
+    )
     return Trained(norms, states(), spoiled, Counter(name for name in operators.names if name.startswith("c10d::")))
 
 
@@ -107,7 +110,10 @@ def all_ways(ranks: Ranks) -> list[Trained]:
     return [train(ranks, how) for how in WAYS]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.mark.parametrize("world", [1, 2, pytest.param(1, marks=GPU, id="1 GPU")])
 def test_steps_are_those_of_deepspeed(world):
     for expected, *others in run_ranks(world, all_ways):
         assert expected.spoiled and expected.norms[0] > 0.1  # clipped
