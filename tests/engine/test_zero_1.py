@@ -16,6 +16,7 @@ from framework.engine.ranks import Ranks
 from framework.engine.shares import MOMENTS, gather, shares_of
 from tests.distributed import run_ranks
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 WAYS = ("DeepSpeed's", "ours", "scattered", "told first")
 ACCUMULATION, STEPS = 2, 4
 
@@ -110,7 +111,10 @@ def all_ways(ranks: Ranks) -> list[Trained]:
     return [train(ranks, how) for how in WAYS]
 
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+@pytest.fixture(autouse=True)
+def without_autocast(monkeypatch):
+    """Of which DeepSpeed makes a global, whatever a test before had."""
+    monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)
 
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(1, marks=GPU, id="1 GPU")])
