@@ -134,7 +134,7 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
                     drop_epochs=config.train.lr_drop_epochs,
                 )  # fmt: skip
                 set_learning_rates(engine.optimizer, rates)
-                lifecycle.ask(incarnation.overtaken() or checkpoints.failure)
+                lifecycle.ask(incarnation.glance() or checkpoints.failure)
                 metrics = train_step(
                     engine, criterion, micro_batches, ranks=ranks, seed=config.train.seed, step=step, guard=guard
                 )  # fmt: skip

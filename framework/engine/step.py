@@ -1,7 +1,6 @@
 """One training step: forward, loss and backward of this rank's micro-batches, and one update of the weights."""
 
 import hashlib
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ def train_step(
     boxes than there are queries.
     """
     num_boxes = boxes_per_micro_batch(micro_batches, ranks)
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=ranks.device))
-    totals = []
+    names: list[str] = []
+    means, totals = torch.zeros((), device=ranks.device), []
     for i, batch in enumerate(micro_batches):
         torch.manual_seed(draw_seed(seed, step, ranks.rank * len(micro_batches) + i))
         predictions = engine(*batch.inputs(ranks.device))
@@ -37,17 +36,17 @@ def train_step(
             raise InputError(f"step {step + 1}: {error}; image ids of the batch: {batch.image_ids}") from error
         total = criterion.total(losses)
         totals.append(total.detach())
-        for name, loss in {"total": total, **losses}.items():
-            sums[f"loss/{name}"] += loss.detach() / len(micro_batches)
+        names = ["loss/total", *(f"loss/{name}" for name in losses)]
+        means = means + torch.stack([total, *losses.values()]).detach() / len(micro_batches)
         engine.backward(guard.unless_it_jumps(total))
         norm = replicated_gradient_norm(engine)
         engine.step()  # updates the weights after the last micro-batch of the step, and only then
     if not engine.was_step_applied():
         guard.skipped(step + 1, totals, [batch.image_ids for batch in micro_batches], engine)
         return {}
-    guard.applied(sums["loss/total"])
-    sums["grad_norm"] = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm, device=ranks.device)
-    return dict(sums)
+    guard.applied(means[0])
+    norm = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm, device=ranks.device)
+    return dict(zip(names, means.unbind(), strict=True)) | {"grad_norm": norm}
 
 
 def replicated_gradient_norm(engine: Any) -> Tensor | None:

@@ -48,8 +48,10 @@ class Meter:
 
     def add(self, metrics: dict[str, Tensor], micro_batches: list[Batch]) -> None:
         """Metrics of one step on this rank, none if it was skipped, and what it was made of."""
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        if metrics and self.sums:
+            torch._foreach_add_([self.sums[name] for name in metrics], list(metrics.values()))
+        elif metrics:
+            self.sums = {name: value.clone() for name, value in metrics.items()}
         self.steps += bool(metrics)
         self.images += sum(int(batch.targets.valid_B.sum()) for batch in micro_batches)
         self.bad_here.update(message for batch in micro_batches for message in batch.bad)

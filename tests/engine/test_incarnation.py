@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from framework.engine import incarnation
 from framework.engine.incarnation import FILE, Incarnation
 from framework.engine.lifecycle import Lifecycle
 from framework.engine.ranks import Ranks, init_ranks
@@ -21,6 +22,16 @@ def test_the_last_one_to_start_owns_the_folder(tmp_path):
     assert " on n5, " in first.overtaken()
     with pytest.raises(InputError, match="this one writes nothing more"):
         first.refuse_overtaken()
+
+
+def test_a_glance_looks_once_in_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(incarnation, "GLANCE_S", 3600.0)
+    first = Incarnation(tmp_path, init_ranks(), JOB)
+    assert first.glance() is None
+    Incarnation(tmp_path, init_ranks(), {"SLURM_JOB_ID": "8"})
+    assert first.glance() is None
+    monkeypatch.setattr(incarnation, "GLANCE_S", 0.0)
+    assert "job 8, restart 0" in first.glance()
 
 
 def test_a_start_that_comes_late_is_refused(tmp_path):
