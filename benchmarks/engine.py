@@ -6,9 +6,10 @@ losses: 20 steps of a small detector on drawn images, in fp32 and bf16, beside a
     matcher, the proposals of a two-stage model) may choose otherwise after a difference in the last bit.
 elastic: resumed inside an epoch, from every ZeRO stage on 1, 2, 4 processes at every stage on 1, 2, 4: 144 pairs.
 save: R50 base; what a save takes from the step, on the disk, and when it is resumed from.
-overhead: R50 base, 480 x 640, one image: a step through DeepSpeed, and a plain torch loop, in turns; and where it goes.
-processor: what the processor does about gradients and the update beside arithmetic: R50 base with layers of few
-    numbers, whose gradients are given, through ZeRO 1 as DeepSpeed does it, ours, and a plain torch loop, in turns.
+overhead: R50 base, 480 x 640, one image: a step through DeepSpeed (ZeRO 0 and 1, and 1 with gradients as DeepSpeed
+    handles them), and a plain torch loop, in turns; and where it goes.
+processor: gradients and the update with little arithmetic: R50 base with layers of few numbers, whose gradients are
+    given, through ZeRO 1 as DeepSpeed does it, ours, and a plain torch loop, in turns.
 processes: R50 base, 480 x 640, one image for each of two processes with a thread each: through DeepSpeed together (ZeRO
     0 and 1), both at once for themselves, and one while the other waits, in turns.
 Writes docs/results/engine.{json,md}.
@@ -24,6 +25,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -34,7 +36,7 @@ from framework.data.batch import Batch, blank_batch
 from framework.data.loader import DataConfig, TrainLoader
 from framework.engine import checkpoint, ds_config
 from framework.engine.checkpoint import Checkpoints
-from framework.engine.ds_config import EngineConfig, at_once, deepspeed_config, start_engine
+from framework.engine.ds_config import EngineConfig, deepspeed_config, start_engine
 from framework.engine.guard import Guard, GuardConfig
 from framework.engine.optimizer import OptimConfig, build_optimizer
 from framework.engine.ranks import Ranks
@@ -260,13 +262,15 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # save, overhead
 
 
-def wide_engine(ranks: Ranks, stage: int = 1) -> Any:
+def engine_of(ranks: Ranks, stage: int = 1, config: ModelConfig = WIDE.model, *, ours: bool = True) -> Any:
+    """ours: at stage 1 with all gradients at once; otherwise as DeepSpeed does it."""
     torch.manual_seed(SEED)
-    model = build_detector(WIDE.model)
-    return start_engine(model, build_optimizer(model, OPTIM, ranks.device), deepspeed_config(
-        EngineConfig(zero_stage=stage, precision="fp32"), device=ranks.device, global_batch=ranks.world, micro_batch=1,
-        accumulation=1, clip_norm=OPTIM.clip_norm,
-    ))  # fmt: skip
+    model = build_detector(config)
+    with mock.patch.object(ds_config, "at_once", ds_config.at_once if ours else lambda *_: False):
+        return start_engine(model, build_optimizer(model, OPTIM, ranks.device), deepspeed_config(
+            EngineConfig(zero_stage=stage, precision="fp32"), device=ranks.device, global_batch=ranks.world,
+            micro_batch=1, accumulation=1, clip_norm=OPTIM.clip_norm,
+        ))  # fmt: skip
 
 
 def wide_batch() -> Batch:
@@ -278,7 +282,7 @@ def save(folder: Path) -> dict[str, Any]:
 
 
 def save_alone(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    engine, criterion, guard = wide_engine(ranks), Criterion(WIDE.loss, "focal"), Guard(GuardConfig(), ranks)
+    engine, criterion, guard = engine_of(ranks), Criterion(WIDE.loss, "focal"), Guard(GuardConfig(), ranks)
 
     def step_s() -> float:
         began = time.perf_counter()
@@ -349,7 +353,8 @@ def overhead(folder: Path) -> dict[str, Any]:
 def overhead_alone(ranks: Ranks) -> dict[str, Any]:
     batch, criterion, guard = wide_batch(), Criterion(WIDE.loss, "focal"), Guard(GuardConfig(), ranks)
     model, update = plain_side(ranks)
-    engines = {stage: wide_engine(ranks, stage) for stage in (0, 1)}
+    engines = {"ZeRO 0": engine_of(ranks, 0), "ZeRO 1": engine_of(ranks),
+               "ZeRO 1 as DeepSpeed does it": engine_of(ranks, ours=False)}  # fmt: skip
 
     spent: dict[str, list[float]] = {}  # of the step that is taken: backward, update
 
@@ -370,10 +375,10 @@ def overhead_alone(ranks: Ranks) -> dict[str, Any]:
     for engine in engines.values():
         engine.backward, engine.step = timed("backward", engine.backward), timed("update", engine.step)
 
-    def through(stage: int) -> None:
-        train_step(engines[stage], criterion, [batch], ranks=ranks, seed=0, step=0, guard=guard)
+    def through(name: str) -> None:
+        train_step(engines[name], criterion, [batch], ranks=ranks, seed=0, step=0, guard=guard)
 
-    sides = {"plain": plain, "ZeRO 0": lambda: through(0), "ZeRO 1": lambda: through(1)}
+    sides = {"plain": plain} | {name: partial(through, name) for name in engines}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for turn, name, step_s in in_turns(ranks, sides):
         if turn:
@@ -395,19 +400,21 @@ def processor(folder: Path) -> dict[str, Any]:
 
 def processor_alone(ranks: Ranks) -> dict[str, Any]:
     torch.set_num_threads(1)  # the arithmetic that is left takes none from another
-    engines = {"as DeepSpeed does it": narrow_engine(ranks, lambda zero: False), "ours": narrow_engine(ranks, at_once)}
+    engines = {"as DeepSpeed does it": engine_of(ranks, config=NARROW, ours=False),
+               "ours": engine_of(ranks, config=NARROW)}  # fmt: skip
     model, update = plain_side(ranks, NARROW)
-    model.forward = Given(model)
+    for one in (model, *(engine.module for engine in engines.values())):
+        one.forward = Given(one)
 
     def plain() -> None:
         model().backward()
         update()
 
-    def through(engine: Any) -> None:
-        engine.backward(engine())
-        engine.step()
+    def through(name: str) -> None:
+        engines[name].backward(engines[name]())
+        engines[name].step()
 
-    sides = {"plain": plain} | {name: partial(through, engine) for name, engine in engines.items()}
+    sides = {"plain": plain} | {name: partial(through, name) for name in engines}
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn, name, step_s in in_turns(ranks, sides):
         if turn:
@@ -420,19 +427,6 @@ def processor_alone(ranks: Ranks) -> dict[str, Any]:
             a / b for a, b in zip(found["ours"], found["as DeepSpeed does it"], strict=True)
         ),
     }  # fmt: skip
-
-
-def narrow_engine(ranks: Ranks, ours: Callable[[dict[str, Any]], bool]) -> Any:
-    ds_config.at_once = ours
-    torch.manual_seed(SEED)
-    model = build_detector(NARROW)
-    model.forward = Given(model)
-    engine = start_engine(model, build_optimizer(model, OPTIM, ranks.device), deepspeed_config(
-        EngineConfig(zero_stage=1, precision="fp32"), device=ranks.device, global_batch=1, micro_batch=1,
-        accumulation=1, clip_norm=OPTIM.clip_norm,
-    ))  # fmt: skip
-    ds_config.at_once = at_once
-    return engine
 
 
 class Given:
@@ -465,7 +459,7 @@ def processes(folder: Path) -> dict[str, Any]:
 def processes_of_two(ranks: Ranks) -> dict[str, Any]:
     batch, criterion, guard = wide_batch(), Criterion(WIDE.loss, "focal"), Guard(GuardConfig(), ranks)
     model, update = plain_side(ranks)
-    engines = {stage: wide_engine(ranks, stage) for stage in (0, 1)}
+    engines = {stage: engine_of(ranks, stage) for stage in (0, 1)}
 
     def alone() -> None:
         criterion.total(criterion(model(*batch.inputs(ranks.device)), batch.targets, 7.0)).backward()

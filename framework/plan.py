@@ -246,7 +246,6 @@ def which_pays(stages: dict[str, Any], gpu_gib: float | None) -> dict[str, Any]:
     others = ("activations", "graphs")
     states = {row["stage"]: row["memory"]["total"] - sum(row["memory"][name] for name in others)
               for row in stages["stages"]}  # fmt: skip
-    bare = {row["stage"]: states[row["stage"]] - row["memory"]["buckets"] for row in stages["stages"]}
     least = min(states, key=lambda stage: states[stage])
     return {
         "optimizer_share": first["optimizer"] / first["total"],
@@ -254,7 +253,6 @@ def which_pays(stages: dict[str, Any], gpu_gib: float | None) -> dict[str, Any]:
         "least_state": least,
         "saved_bytes": states[0] - states[least],
         "saved_share": (states[0] - states[least]) / first["total"],
-        "saved_bytes_without_buckets": bare[0] - min(bare.values()),
         "smallest_that_fits": min(fits, default=None),
     }
 

@@ -101,7 +101,7 @@ def test_sharding_pays_for_a_large_backbone_only(run):
     alone = run(CLASSES, "--nodes", "1", "--gpus-per-node", "1", "train.micro_batch=1", "train.global_batch=1")
     assert alone[2]["pays"]["least_state"] == 0 and "no stage takes less than stage 0" in alone[1]
     assert small[2]["pays"]["least_state"] == 1  # others have buckets that are larger than the model
-    assert "no stage fits 0.0001 GiB: set a smaller train.micro_batch or data.max_size, engine.act" in small[1]
+    assert "no stage fits 0.0001 GiB: set a smaller train.micro_batch or data.max_size or engine.act" in small[1]
     pays = large[2]["pays"]
     assert pays["smallest_that_fits"] == 2 and pays["least_state"] > 0 and pays["saved_share"] > 0.4
     assert "ZeRO pays: stage" in large[1] and "the smallest stage that fits 20 GiB: 2" in large[1]

@@ -6,7 +6,7 @@ of all weights in 16 bits.
 P parameters, T of them trainable, W ranks, B elements of reduce_bucket_size; memory in elements of 4 bytes:
 
     stage   weights         gradients         buckets              optimizer
-    0       P               T                 min(T, B)            2 T      moments; the weights are the masters
+    0       P               T                 none                 2 T      moments; the weights are the masters
     1       P               T                 none, or as stage 2  3 T / W  moments and float32 masters
     2       P               T / W, twice if   B each dtype         3 T / W
                             accumulated
@@ -33,12 +33,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from framework.engine.ds_config import SENT_IN_LOWER_PRECISION
+from framework.engine.ds_config import SENT_IN_LOWER_PRECISION, at_once
 from framework.models.backbone import convolved_format
 from ops.dropout import add_dropout_
 
 STAGES = (0, 1, 2, 3)
-STAGE_0_BUCKET = 500_000_000  # elements
 OUTSIDE = "images, positions"  # what no child of the detector makes
 DROPOUT_OF_ATTENTION = 10  # its place among the arguments of multi_head_attention_forward
 
@@ -91,8 +90,7 @@ class Setup:
         return -(-elements // self.world)
 
     def at_once(self, stage: int) -> bool:
-        """Whether zero_1.py handles gradients."""
-        return stage == 1 and not self.zero.overlap_comm and not self.offload_optimizer
+        return at_once(stage, self.zero.overlap_comm, self.offload_optimizer)
 
     @property
     def kept_until_backward(self) -> bool:
@@ -104,7 +102,8 @@ class Setup:
 def memory(stage: int, setup: Setup) -> dict[str, int]:
     """Bytes of one GPU, activations left out: weights, gradients, buckets, optimizer; and host, the CPU's memory.
 
-    Left out too: copies that live while a bucket is sent or the weights are updated, when activations are gone.
+    Left out too: copies that live while gradients are sent or the weights are updated, when activations are gone: of
+    stage 0 all gradients, of stage 1 those of the largest parameter group.
     """
     everything, trainable = setup.elements(), setup.elements(trainable=True)
     weights, gradients, optimizer = everything, trainable, 3 * setup.share(trainable)
@@ -112,8 +111,8 @@ def memory(stage: int, setup: Setup) -> dict[str, int]:
     dtypes = {setup.lower_bytes if one.lower else 4 for one in setup.weights if one.trainable}
     buckets = 4 * bucket * len(dtypes) * (2 if setup.zero.overlap_comm else 1)
     if stage == 0:
-        buckets, optimizer = 4 * min(trainable, STAGE_0_BUCKET), 2 * trainable
-    if setup.at_once(stage):
+        optimizer = 2 * trainable
+    if stage == 0 or setup.at_once(stage):
         buckets = 0
     if stage == 2:
         gradients = setup.share(trainable) * (2 if setup.accumulation > 1 else 1)

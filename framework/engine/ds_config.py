@@ -102,12 +102,12 @@ class EngineConfig:
 def memory_savers(config: EngineConfig) -> str:
     """What to set where a batch does not fit, as words of a sentence."""
     keys = {
-        "engine.activation_checkpointing=true": not config.activation_checkpointing,
-        "engine.keep_products=false": config.keep_products,
-        "engine.cuda_graphs=false": config.cuda_graphs,
         "engine.precision=bf16": config.precision == "fp32" and config.zero_stage > 0,
+        "engine.cuda_graphs=false": config.cuda_graphs,
+        "engine.activation_checkpointing=true": not config.activation_checkpointing and not config.cuda_graphs,
+        "engine.keep_products=false": config.keep_products,
     }
-    return ", ".join(["a smaller train.micro_batch or data.max_size", *(key for key, helps in keys.items() if helps)])
+    return " or ".join(["a smaller train.micro_batch", "data.max_size", *(key for key, helps in keys.items() if helps)])
 
 
 def precision_for(config: EngineConfig, device: torch.device) -> torch.dtype:
@@ -184,8 +184,8 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: 
     zero = ds_config["zero_optimization"]
     if zero["stage"] == 0:
         skip_where_told(engine.optimizer)
-    elif at_once(zero):
-        GradientsAtOnce(engine.optimizer)
+    elif at_once(zero["stage"], zero.get("overlap_comm", False), "offload_optimizer" in zero):
+        engine.optimizer.gradients_at_once = GradientsAtOnce(engine.optimizer)
     elif zero["stage"] < 3:
         spare_the_processor(engine.optimizer)
     if ds_config["torch_autocast"]["dtype"] == "float16":
@@ -193,9 +193,9 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: 
     return engine
 
 
-def at_once(zero: dict[str, Any]) -> bool:
-    """Whether gradients are handled all at once, given the settings of deepspeed_config's zero_optimization."""
-    return zero["stage"] == 1 and not zero.get("overlap_comm") and "offload_optimizer" not in zero
+def at_once(stage: int, overlap_comm: bool, offload_optimizer: bool) -> bool:
+    """Whether zero_1.py handles gradients."""
+    return stage == 1 and not overlap_comm and not offload_optimizer
 
 
 def _import_without_compiling(module: str) -> None:

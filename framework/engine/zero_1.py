@@ -1,7 +1,7 @@
 """ZeRO 1 in few operations: what DeepSpeed 0.19.8 does for each weight in Python is done for all of them at once.
 
-Gradients are summed over micro-batches by autograd, without DeepSpeed's hooks, and then put side by side as DeepSpeed
-has put the weights: a flat tensor for each parameter group, of which each rank updates a part of equal length.
+After the last backward pass of a step gradients are put side by side as DeepSpeed has put the weights: a flat tensor
+for each parameter group, of which each rank updates a part of equal length.
 """
 
 from typing import Any
@@ -15,18 +15,19 @@ PIECE = 1 << 18  # numbers whose squares are summed in a row; of more, float32 o
 class GradientsAtOnce:
     """Takes the place of `reduce_gradients` and `step` of `zero`, DeepSpeed's optimizer at stage 1.
 
-    Gradients are sent as float32 and scattered: as many bytes as DeepSpeed sends, which all-reduces most of them in 16
-    bits. torch's fused AdamW is told on the device that a gradient is not finite and then does nothing, so that a GPU
-    updates weights and sends them while the processor still waits to hear of it; other AdamWs are called afterwards.
+    Gradients are sent as float32 and scattered: in lower precision as many bytes as DeepSpeed sends, which all-reduces
+    most of them in 16 bits; in float32 half. torch's fused AdamW is told on the device that a gradient is not finite
+    and then does nothing, so that a GPU updates weights and sends them while the processor still waits to hear of it;
+    other AdamWs are called afterwards.
     """
 
     def __init__(self, zero: Any) -> None:
         import deepspeed.comm as dist
 
+        assert not zero.round_robin_gradients and not zero.parameter_alignment  # weights would lie otherwise
         self.zero, self.group = zero, zero.dp_process_group
         self.world, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        backend = torch.distributed.get_backend(self.group)
-        self.scattered = backend != "gloo"  # which all-reduces in half the time
+        self.scattered = torch.distributed.get_backend(self.group) != "gloo"  # whose reduce-scatter is an all-reduce
         self.own: list[Tensor] = []  # of each parameter group the gradients of this rank's part
         for hook in zero._grad_acc_hooks:
             hook.remove()
@@ -50,7 +51,7 @@ class GradientsAtOnce:
             weight.grad = None
         if self.world == 1:
             return whole
-        whole.div_(self.world)  # first, or sums might not fit fp16's scaled gradients
+        whole.div_(self.world)
         if not self.scattered:
             dist.all_reduce(whole, group=self.group)
             return whole[self.rank * own_size :][:own_size]
@@ -66,20 +67,18 @@ class GradientsAtOnce:
         norm = self._norm()
         zero._global_grad_norm = norm / zero.loss_scale
         divisor = zero.loss_scale * ((zero._global_grad_norm + 1e-6) / zero.clip_grad).clamp(min=1.0)
-        finite = _Told(norm.isfinite())
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if fused:  # as torch.amp.GradScaler does
-            optimizer.grad_scale, optimizer.found_inf = divisor, 1.0 - finite.there.float()
-        elif finite:
+        finite = norm.isfinite()
+        told = _Told(finite)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # as torch.amp.GradScaler asks and does
+            optimizer.grad_scale, optimizer.found_inf = divisor, 1.0 - finite.float()
+            self._update()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif told:
             torch._foreach_div_(self.own, divisor)
-        if fused or finite:
-            for weights, gradients in zip(zero.single_partition_of_fp32_groups, self.own, strict=True):
-                weights.grad = gradients
-            optimizer.step()
-            self._gather()
+            self._update()
         optimizer.zero_grad()
         self.own = []
-        zero.overflow = not finite
+        zero.overflow = not told
         zero._update_scale(zero.overflow)
 
     def _norm(self) -> Tensor:
@@ -93,10 +92,13 @@ class GradientsAtOnce:
         dist.all_reduce(square, group=self.group)
         return square.sqrt()
 
-    def _gather(self) -> None:
+    def _update(self) -> None:
         import deepspeed.comm as dist
 
         zero = self.zero
+        for weights, gradients in zip(zero.single_partition_of_fp32_groups, self.own, strict=True):
+            weights.grad = gradients
+        zero.optimizer.step()
         groups = zip(zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups,
                      zero.single_partition_of_fp32_groups, strict=True)  # fmt: skip
         for whole, parts, updated in groups:
@@ -106,11 +108,10 @@ class GradientsAtOnce:
 
 
 class _Told:
-    """A truth that the device knows, on its way to the processor: waited for where it is asked."""
+    """A truth of the device on its way to the processor, which waits for it where it asks."""
 
     def __init__(self, there: Tensor) -> None:
-        self.there = self.here = there
-        self.event: Any = None
+        self.here, self.event = there, None
         if there.is_cuda:
             self.here = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(there, non_blocking=True)
             self.event = torch.cuda.Event()

@@ -58,7 +58,7 @@ def memory_text(stages: dict[str, Any], config: Config) -> str:
     largest = ", ".join(f"{gb} GB {images}" for gb, images in stages["largest_micro_batch"].items())
     lines.append(f"  images that fit as configured: {largest}")
     bucket = stages["reduce_bucket_size"]
-    if bucket > 2 * stages["trainable"]:
+    if bucket > 2 * stages["trainable"] and any(r["configured"] and r["memory"]["buckets"] for r in stages["stages"]):
         lines.append(f"  buckets hold {bucket:,} elements (DeepSpeed's reduce_bucket_size), whatever the model's size")
     if stages["backbone_added"]:
         lines.append(f"  activations are those of {config.model.backbone.name}; a larger backbone keeps more")
@@ -89,8 +89,7 @@ def pays_text(stages: dict[str, Any], pays: dict[str, Any], gpu_gib: float | Non
     ]
     saved = f"{pays['saved_bytes'] / GIB:.2f} GiB, {pays['saved_share']:.0%} of stage 0's memory"
     if pays["least_state"] == 0:
-        lines.append("  no stage takes less than stage 0: ZeRO does not pay here; without its buckets it would save "
-                     f"{pays['saved_bytes_without_buckets'] / GIB:.2f} GiB")  # fmt: skip
+        lines.append("  no stage takes less than stage 0: ZeRO does not pay here")
     elif pays["saved_share"] < WORTH:
         lines.append(f"  ZeRO saves little: {saved}, with stage {pays['least_state']}")
     else:

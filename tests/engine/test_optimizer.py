@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from framework.engine.ds_config import EngineConfig, deepspeed_config
+from framework.engine.ds_config import EngineConfig, deepspeed_config, memory_savers
 from framework.engine.optimizer import OptimConfig, build_optimizer, learning_rates, parameter_groups
 from framework.engine.shares import Share, adam_steps, load_moments
 from framework.errors import UsageError
@@ -144,3 +144,15 @@ def test_an_adam_that_cannot_be_built_is_told(monkeypatch):
     monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", no_compiler)
     with pytest.raises(UsageError, match="found deepspeed, whose Adam cannot be built here .*set optim.impl=auto"):
         build_optimizer(torch.nn.Linear(1, 1), OptimConfig(impl="deepspeed"), CPU)
+
+
+def test_what_saves_memory_is_what_is_not_set_yet_and_goes_with_the_rest():
+    always = "a smaller train.micro_batch or data.max_size"
+    for changes, keys in [
+        ({}, ["engine.activation_checkpointing=true"]),
+        ({"precision": "fp32"}, ["engine.precision=bf16", "engine.activation_checkpointing=true"]),
+        ({"precision": "fp32", "zero_stage": 0, "activation_checkpointing": True}, []),
+        ({"cuda_graphs": True}, ["engine.cuda_graphs=false"]),
+        ({"activation_checkpointing": True, "keep_products": True}, ["engine.keep_products=false"]),
+    ]:
+        assert memory_savers(EngineConfig(**changes)) == " or ".join([always, *keys])

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from framework.engine import ds_config
 from framework.engine.ds_config import EngineConfig, at_once, deepspeed_config, start_engine
 from framework.engine.optimizer import GROUPS, OptimConfig, build_optimizer
-from framework.engine.ranks import Ranks
+from framework.engine.ranks import Ranks, init_ranks
 from framework.engine.shares import MOMENTS, gather, shares_of
 from tests.distributed import run_ranks
 
@@ -22,20 +23,22 @@ ACCUMULATION, STEPS = 2, 4
 
 
 class Net(nn.Module):
-    """All three parameter groups, of sizes that no world divides; the last layer of `unused` is."""
+    """All three parameter groups, of sizes that no world divides; a convolution of maps with their channels last; a
+    layer that is not used."""
 
     def __init__(self, layers: int):
         super().__init__()
-        self.backbone = nn.Sequential(*(nn.Linear(7, 7) for _ in range(layers)))
+        self.backbone = nn.Sequential(nn.Conv2d(7, 7, 3), nn.Flatten(), *(nn.Linear(7, 7) for _ in range(layers)))
         self.reference_points, self.unused = nn.Linear(7, 3), nn.Linear(5, 5)
 
     def forward(self, x):
-        return self.reference_points(self.backbone(x))
+        maps = x[..., None, None].expand(-1, -1, 3, 3).contiguous(memory_format=torch.channels_last)
+        return self.reference_points(self.backbone(maps))
 
 
-def engine_of(ranks: Ranks, layers: int = 2) -> Any:
+def engine_of(ranks: Ranks, layers: int = 2, **changes: Any) -> Any:
     torch.manual_seed(0)
-    model, config = Net(layers), EngineConfig(zero_stage=1, precision="fp32")
+    model, config = Net(layers), EngineConfig(**{"zero_stage": 1, "precision": "fp32"} | changes)
     return start_engine(model, build_optimizer(model, OptimConfig(lr=1e-2), ranks.device), deepspeed_config(
         config, device=ranks.device, global_batch=2 * ACCUMULATION * ranks.world, micro_batch=2,
         accumulation=ACCUMULATION, clip_norm=0.1,
@@ -71,13 +74,11 @@ class Trained(NamedTuple):
 
 
 def train(ranks: Ranks, how: str) -> Trained:
-    usual = ds_config.at_once
-    if how == "DeepSpeed's":
-        ds_config.at_once = lambda zero: False
-    engine = engine_of(ranks)
-    ds_config.at_once = usual
+    ours = at_once if how != "DeepSpeed's" else lambda *_: False
+    with mock.patch.object(ds_config, "at_once", ours):
+        engine = engine_of(ranks)
     if how == "scattered":  # as on GPUs
-        engine.optimizer.step.__self__.scattered = True
+        engine.optimizer.gradients_at_once.scattered = True
     if how == "told first":  # as apex's and DeepSpeed's AdamW
         engine.optimizer.optimizer._step_supports_amp_scaling = False
 
@@ -138,13 +139,18 @@ def test_many_weights_take_as_few_operators_as_few_and_the_processor_waits_once_
     assert many.count(waits) == 1 and many.index(waits) > many.index(update)
 
 
+def with_gradients(ranks: Ranks, layers: int = 2) -> Any:
+    engine = engine_of(ranks, layers)
+    for weight in engine.module.parameters():
+        weight.grad = torch.ones_like(weight)
+    return engine
+
+
 def operators_of_updates(ranks: Ranks) -> list[list[str]]:
     """From the end of the last backward pass to the next step."""
     found = []
     for layers in (2, 40):
-        engine = engine_of(ranks, layers)
-        for weight in engine.module.parameters():
-            weight.grad = torch.ones_like(weight)
+        engine = with_gradients(ranks, layers)
         with Operators() as operators:
             engine.optimizer.reduce_gradients()
             engine.optimizer.step()
@@ -152,11 +158,37 @@ def operators_of_updates(ranks: Ranks) -> list[list[str]]:
     return found
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_updates_while_the_processor_waits_for_an_event_only():
+    run_ranks(1, update_without_waits)
+
+
+def update_without_waits(ranks: Ranks) -> None:
+    for _ in range(2):  # the first one makes what is kept
+        zero = with_gradients(ranks).optimizer
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            zero.reduce_gradients()
+            zero.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not zero.overflow
+
+
+def test_the_norm_of_many_numbers_has_its_digits():
+    handler = engine_of(init_ranks()).optimizer.gradients_at_once
+    handler.own = [1e-3 * torch.randn(1 << 23, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    expected = torch.cat(handler.own).double().norm().item()
+    assert handler._norm().item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_deepspeed_does_alone_is_left_to_it():
-    settings = dict(device=torch.device("cpu"), global_batch=2, micro_batch=2, accumulation=1, clip_norm=1.0)
-    for stage, changes, ours in [
-        (0, {}, False), (1, {}, True), (2, {}, False), (3, {}, False), (1, {"overlap_comm": True}, False),
-        (1, {"offload_optimizer": True}, False),
+    for stage, early, offloaded, ours in [
+        (0, False, False, False), (1, False, False, True), (2, False, False, False), (3, False, False, False),
+        (1, True, False, False), (1, False, True, False),
     ]:  # fmt: skip
-        config = deepspeed_config(EngineConfig(zero_stage=stage, precision="fp32", **changes), **settings)
-        assert at_once(config["zero_optimization"]) == ours
+        assert at_once(stage, early, offloaded) == ours
+    for changes in ({"overlap_comm": True}, {"zero_stage": 2}):
+        zero = engine_of(init_ranks(), **changes).optimizer
+        assert not hasattr(zero, "gradients_at_once") and zero._grad_acc_hooks
