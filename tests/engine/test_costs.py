@@ -16,6 +16,7 @@ from framework import plan
 from framework.engine import costs
 from framework.engine.costs import Setup, Weight
 from framework.engine.ds_config import EngineConfig, deepspeed_config
+from framework.models import backbone
 from framework.models.backbone import BackboneConfig
 from framework.models.build import ModelConfig, build_detector
 from framework.models.linear import Float32Linear
@@ -78,13 +79,13 @@ def test_dense_attention_keeps_no_matrix_on_a_gpu(dropout, matrices):
     assert (on_cpu - on_gpu) / matrix / TINY.encoder_layers == pytest.approx(matrices, abs=0.2)
 
 
-def test_a_plan_is_the_same_on_every_cpu(monkeypatch):
-    config = replace(TINY, backbone=replace(TINY.backbone, norm="group"))
-    alive = []
-    for capability in ("DEFAULT", "AVX512"):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
-        alive.append(costs.activations(meta_detector(config), (256, 256), 2, torch.bfloat16))
-    assert alive[0] == alive[1]
+def test_a_plan_has_the_channels_last_on_every_cpu(monkeypatch):
+    alive = [costs.activations(meta_detector(TINY), (256, 256), 2, torch.bfloat16)]
+    monkeypatch.setattr(costs, "convolved_format", None)  # not replaced, but these
+    for order in (torch.channels_last, torch.contiguous_format):
+        monkeypatch.setattr(backbone, "convolved_format", lambda *_, found=order: found)
+        alive.append(costs.activations(meta_detector(TINY), (256, 256), 2, torch.bfloat16))
+    assert alive[0] == alive[1] != alive[2]
 
 
 def recorded(name):

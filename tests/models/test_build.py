@@ -305,13 +305,19 @@ def test_maps_are_the_same_in_either_order_of_memory(images, monkeypatch):
     found = []
     for capability, last in (("AVX2", False), ("AVX512", True)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda said=capability: said)
-        backbone = small("base").backbone.train()
+        backbone = small("base", backbone=BackboneConfig("resnet10")).backbone.train()
         maps = backbone(images)
         assert all(x.is_contiguous(memory_format=torch.channels_last) == last for x in maps)
         sum(x.square().mean() for x in maps).backward()
         found.append([*maps, *(p.grad for p in backbone.parameters() if p.grad is not None)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_maps_that_group_norms_normalise_are_as_they_were_on_every_cpu(images, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    grouped = small("base", backbone=BackboneConfig("resnet10", norm="group", width=32)).backbone.train()
+    assert all(x.is_contiguous() for x in grouped(images))
 
 
 def test_boxes_stay_float32_under_autocast():
