@@ -18,6 +18,7 @@ from torch.overrides import has_torch_function
 from ops.dropout import Mode, has_kernel, new_seed, run, used_up
 
 EPSILON = nn.LayerNorm(1).eps
+onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # what torch.compile takes for linear layers
 norm_backward = torch.ops.aten.native_layer_norm_backward
 softmax_backward = torch.ops.aten._softmax_backward_data
 
@@ -40,6 +41,15 @@ def trains_on_cpu(layer: nn.Module, x: Tensor) -> bool:
     )
 
 
+def product(x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, float32. With AVX-512 by oneDNN, which on AMD takes a fifth to two fifths less time than MKL,
+    torch's own choice: but for gradients of weights, whose products are tall."""
+    if onednn_linear is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return linear(x_NK, weight_MK, bias_M)
+    result: Tensor = onednn_linear(x_NK, weight_MK, bias_M, "none", [], "")
+    return result
+
+
 class AfterAttention(torch.autograd.Function):
     """What follows attention in an encoder layer.
 
@@ -54,9 +64,9 @@ class AfterAttention(torch.autograd.Function):
         ctx.p, ctx.seeds = p, [new_seed() for _ in range(3)]
         x_BSD = run(Mode.ADD, looked_BSD, tokens_BSD, ctx.seeds[0], p, out=used_up(looked_BSD))
         y_BSD, *of_x = torch.native_layer_norm(x_BSD, norm1.shape, norm1, bias_norm1, EPSILON)
-        hidden_BSF = linear(y_BSD, linear1, bias1)
+        hidden_BSF = product(y_BSD, linear1, bias1)
         run(Mode.RELU, hidden_BSF, None, ctx.seeds[1], p, out=hidden_BSF)
-        z_BSD = linear(hidden_BSF, linear2, bias2)
+        z_BSD = product(hidden_BSF, linear2, bias2)
         run(Mode.ADD, z_BSD, y_BSD, ctx.seeds[2], p, out=z_BSD)
         out_BSD, *of_z = torch.native_layer_norm(z_BSD, norm2.shape, norm2, bias_norm2, EPSILON)
         ctx.save_for_backward(x_BSD, *of_x, y_BSD, hidden_BSF, z_BSD, *of_z, *weights)
@@ -73,10 +83,10 @@ class AfterAttention(torch.autograd.Function):
         grad_ND = run(Mode.PLAIN, grad_y_BSD, None, ctx.seeds[2], ctx.p, out=used_up(z_BSD)).flatten(0, 1)
         hidden_NF = hidden_BSF.flatten(0, 1)
         grads_linear2 = grad_ND.t() @ hidden_NF, grad_ND.sum(0)
-        grad_NF = grad_ND @ linear2
+        grad_NF = product(grad_ND, linear2.t())
         run(Mode.GATE, grad_NF, hidden_NF, ctx.seeds[1], ctx.p, out=grad_NF)
         grads_linear1 = grad_NF.t() @ y_BSD.flatten(0, 1), grad_NF.sum(0)
-        grad_y_BSD.flatten(0, 1).addmm_(grad_NF, linear1)
+        grad_y_BSD += product(grad_NF, linear1.t()).view_as(grad_y_BSD)
         grad_x_BSD, *grads_norm1 = norm_backward(
             grad_y_BSD, x_BSD, norm1.shape, mean_x, scale_x, norm1, bias_norm1, [True] * 3
         )
