@@ -6,8 +6,8 @@ losses: 20 steps of a small detector on drawn images, in fp32 and bf16, beside a
     matcher, the proposals of a two-stage model) may choose otherwise after a difference in the last bit.
 elastic: resumed inside an epoch, from every ZeRO stage on 1, 2, 4 processes at every stage on 1, 2, 4: 144 pairs.
 save: R50 base; what a save takes from the step, on the disk, and when it is resumed from.
-overhead: R50 base, 480 x 640, one image: a step through DeepSpeed (ZeRO 0 and 1, and 1 with gradients as DeepSpeed
-    handles them), and a plain torch loop, in turns; and where it goes.
+overhead: R50 base, 480 x 640, one image: a step through DeepSpeed (ZeRO 0 and 1, and 1 as DeepSpeed does it, with its
+    hooks and buckets, but for the norm of gradients, which is ours), and a plain torch loop, in turns; where it goes.
 processor: gradients and the update with little arithmetic: R50 base with layers of few numbers, whose gradients are
     given, through ZeRO 1 as DeepSpeed does it, ours, and a plain torch loop, in turns.
 processes: R50 base, 480 x 640, one image for each of two processes with a thread each: through DeepSpeed together (ZeRO

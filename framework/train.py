@@ -111,6 +111,7 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     per_epoch = train_set.steps_per_epoch
     end = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
     step = at.epoch * per_epoch + at.samples_consumed // config.train.global_batch
+    ranks.from_main(incarnation.refuse_overtaken)  # it took a while to get here
     record_run(config, ranks, {"fingerprint": train_set.manifest.fingerprint, "val_fingerprint": val_fingerprint,
                                "start_weights": start})  # fmt: skip
     setup_logging(run_dir, ranks.is_main)
@@ -122,6 +123,7 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
 
     not_evaluated = ranks.from_main(lambda: not Path(run_dir, evaluation_name(step)).exists())
     stopped_by, owed = None, False
+    intervals = per_epoch, config.train.checkpoint_every, config.tracking.log_every
     kept = partial(kept_steps, config.train, per_epoch)
     with (Checkpoints(run_dir, ranks, kept, incarnation.refuse_overtaken) as checkpoints,
           progress(int(end), initial=step, description="training") as bar):  # fmt: skip
@@ -134,7 +136,9 @@ def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
                     drop_epochs=config.train.lr_drop_epochs,
                 )  # fmt: skip
                 set_learning_rates(engine.optimizer, rates)
-                lifecycle.ask(incarnation.glance() or checkpoints.failure)
+                writes = step + 1 == end or any(every(steps, step + 1) for steps in intervals)
+                overtaken = incarnation.overtaken() if writes else incarnation.glance()
+                lifecycle.ask(overtaken or checkpoints.failure)
                 metrics = train_step(
                     engine, criterion, micro_batches, ranks=ranks, seed=config.train.seed, step=step, guard=guard
                 )  # fmt: skip

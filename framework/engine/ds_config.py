@@ -102,8 +102,9 @@ class EngineConfig:
 def memory_savers(config: EngineConfig) -> str:
     """What to set where a batch does not fit, as words of a sentence."""
     keys = {
+        "engine.zero_stage=1": config.zero_stage == 0,
         "engine.precision=bf16": config.precision == "fp32" and config.zero_stage > 0,
-        "engine.cuda_graphs=false": config.cuda_graphs,
+        "engine.cuda_graphs=false" + " engine.compile_layers=false" * config.compile_layers: config.cuda_graphs,
         "engine.activation_checkpointing=true": not config.activation_checkpointing and not config.cuda_graphs,
         "engine.keep_products=false": config.keep_products,
     }

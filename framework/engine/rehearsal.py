@@ -53,7 +53,6 @@ def rehearse(
     raise UsageError(
         f"train.micro_batch: a step on {images} images of {height} x {width} px, the largest of the epoch, "
         f"does not fit in memory ({said}); {fitting}set {memory_savers(config)}"
-        f"{' or a higher engine.zero_stage' * (config.zero_stage < 3)}"
     )
 
 

@@ -64,41 +64,41 @@ class GradientsAtOnce:
         """Clip the gradients, update this rank's part of the weights, and gather everybody's. Nothing changes where a
         gradient of any rank is not finite: `zero.overflow` tells."""
         zero, optimizer = self.zero, self.zero.optimizer
-        norm = self._norm()
+        own, self.own = self.own, []
+        norm = self._norm(own)
         zero._global_grad_norm = norm / zero.loss_scale
         divisor = zero.loss_scale * ((zero._global_grad_norm + 1e-6) / zero.clip_grad).clamp(min=1.0)
         finite = norm.isfinite()
         told = _Told(finite)
         if getattr(optimizer, "_step_supports_amp_scaling", False):  # as torch.amp.GradScaler asks and does
             optimizer.grad_scale, optimizer.found_inf = divisor, 1.0 - finite.float()
-            self._update()
+            self._update(own)
             del optimizer.grad_scale, optimizer.found_inf
         elif told:
-            torch._foreach_div_(self.own, divisor)
-            self._update()
-        optimizer.zero_grad()
-        self.own = []
+            torch._foreach_div_(own, divisor)
+            self._update(own)
         zero.overflow = not told
         zero._update_scale(zero.overflow)
 
-    def _norm(self) -> Tensor:
+    def _norm(self, own: list[Tensor]) -> Tensor:
         """Of all gradients of all ranks."""
         import deepspeed.comm as dist
 
-        norm = torch.nn.utils.get_total_norm([piece for one in self.own for piece in one.split(PIECE)])
+        norm = torch.nn.utils.get_total_norm([piece for one in own for piece in one.split(PIECE)])
         if self.world == 1:
             return norm
         square = norm.square()
         dist.all_reduce(square, group=self.group)
         return square.sqrt()
 
-    def _update(self) -> None:
+    def _update(self, own: list[Tensor]) -> None:
         import deepspeed.comm as dist
 
         zero = self.zero
-        for weights, gradients in zip(zero.single_partition_of_fp32_groups, self.own, strict=True):
+        for weights, gradients in zip(zero.single_partition_of_fp32_groups, own, strict=True):
             weights.grad = gradients
         zero.optimizer.step()
+        zero.optimizer.zero_grad()
         groups = zip(zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups,
                      zero.single_partition_of_fp32_groups, strict=True)  # fmt: skip
         for whole, parts, updated in groups:

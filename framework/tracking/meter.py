@@ -47,7 +47,7 @@ class Meter:
             yield item
 
     def add(self, metrics: dict[str, Tensor], micro_batches: list[Batch]) -> None:
-        """Metrics of one step on this rank, none if it was skipped, and what it was made of."""
+        """Metrics of one step on this rank, always the same or, if it was skipped, none; what the step was made of."""
         if metrics and self.sums:
             torch._foreach_add_([self.sums[name] for name in metrics], list(metrics.values()))
         elif metrics:

@@ -55,6 +55,7 @@ class FileSink:
 
     def __init__(self, run_dir: Path, resume_step: int, refuse: Callable[[], None] = lambda: None) -> None:
         self.run_dir, self.refuse = run_dir, refuse
+        refuse()
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_later_lines(run_dir / "metrics.jsonl", resume_step)
         for document in (run_dir / "evaluation").glob("step-*.json"):

@@ -151,8 +151,14 @@ def test_what_saves_memory_is_what_is_not_set_yet_and_goes_with_the_rest():
     for changes, keys in [
         ({}, ["engine.activation_checkpointing=true"]),
         ({"precision": "fp32"}, ["engine.precision=bf16", "engine.activation_checkpointing=true"]),
-        ({"precision": "fp32", "zero_stage": 0, "activation_checkpointing": True}, []),
+        ({"precision": "fp32", "zero_stage": 0, "activation_checkpointing": True}, ["engine.zero_stage=1"]),
         ({"cuda_graphs": True}, ["engine.cuda_graphs=false"]),
+        ({"cuda_graphs": True, "compile_layers": True}, ["engine.cuda_graphs=false engine.compile_layers=false"]),
         ({"activation_checkpointing": True, "keep_products": True}, ["engine.keep_products=false"]),
     ]:
         assert memory_savers(EngineConfig(**changes)) == " or ".join([always, *keys])
+        for key in keys:  # none is refused
+            settings = [one.removeprefix("engine.").split("=") for one in key.split()]
+            EngineConfig(
+                **changes | {name: {"true": True, "false": False, "1": 1}.get(to, to) for name, to in settings}
+            )

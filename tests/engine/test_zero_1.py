@@ -178,9 +178,9 @@ def update_without_waits(ranks: Ranks) -> None:
 
 def test_the_norm_of_many_numbers_has_its_digits():
     handler = engine_of(init_ranks()).optimizer.gradients_at_once
-    handler.own = [1e-3 * torch.randn(1 << 23, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    expected = torch.cat(handler.own).double().norm().item()
-    assert handler._norm().item() == pytest.approx(expected, rel=1e-5)
+    own = [1e-3 * torch.randn(1 << 23, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    expected = torch.cat(own).double().norm().item()
+    assert handler._norm(own).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_deepspeed_does_alone_is_left_to_it():

@@ -8,6 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
+from framework.errors import InputError
 from framework.tracking.sink import NullSink, open_sink, read_lines
 
 
@@ -117,3 +118,15 @@ def test_resuming_drops_later_evaluations(tmp_path):
     sink.close()
     open_sink(tmp_path, is_main=True, resume_step=3).close()
     assert [p.name for p in (tmp_path / "evaluation").iterdir()] == ["step-00000003.json"]
+
+
+def test_a_start_that_was_overtaken_leaves_the_records_of_the_other_alone(tmp_path):
+    def refuse():
+        raise InputError("taken over")
+
+    sink = open_sink(tmp_path, is_main=True)
+    sink.scalars({"loss/total": 2.5}, step=3, epoch=0.5)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="taken over"):
+        open_sink(tmp_path, is_main=True, resume_step=0, refuse=refuse)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
