@@ -74,7 +74,7 @@ def test_dense_attention_keeps_no_matrix_on_a_gpu(dropout, matrices):
     config = replace(TINY, attention="dense", num_feature_levels=1, classification="softmax", dropout=dropout)
     sizes = (1024, 1024)  # 1,024 tokens
     matrix = 4 * TINY.num_heads * 1024**2
-    on_cpu, on_gpu = (costs.activations(meta_detector(config), sizes, 1, torch.float32, as_on_gpu=gpu).total()
+    on_cpu, on_gpu = (costs.activations(meta_detector(config), sizes, 1, torch.float32, as_on_gpu=gpu)["encoder"]
                       for gpu in (False, True))  # fmt: skip
     assert (on_cpu - on_gpu) / matrix / TINY.encoder_layers == pytest.approx(matrices, abs=0.2)
 
