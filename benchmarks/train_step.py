@@ -97,7 +97,7 @@ USUAL = {"cpu": ["ops", "ops.reference"], "cuda": ["compiled-graphs", "graphs", 
 # bias to where products are added, and sums up its gradient: matrices; the operator begins a gradient with zeros.
 KINDS = {
     "backbone": ("conv", "max_pool"),
-    "linear layers": ("aten::addmm", "aten::mm", "aten::bmm", "AddmmBackward", "MmBackward"),
+    "linear layers": ("aten::addmm", "aten::mm", "aten::bmm", "AddmmBackward", "MmBackward", "_linear_pointwise"),
     "norms": ("layer_norm", "group_norm"),
     "the operator": ("ms_deform_attn",),
 }
