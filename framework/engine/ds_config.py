@@ -34,7 +34,7 @@ class EngineConfig:
         computed again. A CPU keeps what sampling gave. Not with stage 3, which gathers weights in between.
     offload_optimizer: moments and a copy of the fp32 weights in host memory, Adam there too.
     overlap_comm: at stages 1 and 2 send gradients while backward computes the next ones, not after it: for several GPUs
-        without cuda_graphs; a second set of buckets. Stage 3 always does so.
+        without cuda_graphs; two sets of buckets. Stage 3 always does so.
     secondary_partition: of ZeRO++ (Wang et al. 2023), for stage 3 over several nodes: a second copy of the weights
         shared among so many neighbouring ranks (GPUs of a node), so that backward does not gather over the network;
         1: none.
