@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.results import ROOT, write
 from framework import config as configuration
 from framework.models.build import ModelConfig, build_detector
-from framework.models.on_cpu import onednn_linear
 from ops import MSDeformAttn
 
 SIZES_HW = ((800, 1333), (800, 1066))
@@ -72,7 +71,7 @@ def macs(config: ModelConfig, size_hw: tuple[int, int]) -> dict[str, float]:
     for module in model.modules():
         if isinstance(module, MSDeformAttn):
             module.register_forward_hook(lambda m, inputs, _: sampled.append(sampling_macs(m, inputs[0].shape[1])))
-    with FlopCounterMode(display=False, custom_mapping={onednn_linear: onednn_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: onednn_flops}) as counter:
         model(torch.zeros(1, 3, *size_hw), torch.zeros(1, *size_hw, dtype=torch.bool))
     macs = {name: sum(counts.values()) / 2 for name, counts in counter.get_flop_counts().items()}
     parts = {part: macs.get(f"Detector.{part}", 0.0) for part in ("backbone", "encoder", "queries", "decoder")}

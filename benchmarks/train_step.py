@@ -56,6 +56,7 @@ from framework.losses.criterion import Criterion
 from framework.models.build import build_detector
 from framework.processes import keep_freed_memory
 from framework.tracking.meter import peak_memory_gib
+from ops.linear import pieces
 
 Inputs = tuple[Tensor, Tensor | None, Targets]
 
@@ -369,7 +370,8 @@ def kinds(trace: torch.profiler.profile, step_s: float) -> dict[str, float]:
         kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), None)
         if event.key.startswith(POINTWISE) and len(shape) == len("BCHW") and shape[1] >= NARROWEST:
             kind = "backbone"
-        if event.key in OF_A_BIAS and len(shape) == len("NC"):
+        of_pieces = event.key == "aten::sum" and len(shape) == len("PMK") and shape[0] == pieces()
+        if of_pieces or event.key in OF_A_BIAS and len(shape) == len("NC"):
             kind = "linear layers"
         if event.key == "aten::fill_" and shape[2:] == HEADS:
             kind = "the operator"

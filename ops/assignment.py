@@ -11,8 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ops import compiled, library
-from ops.ms_deform_attn import implementation
+from ops import chosen, compiled, library
 
 
 def assign(cost_KNQ: Tensor, image_N: Tensor, counts_B: list[int]) -> Tensor:
@@ -24,7 +23,7 @@ def assign(cost_KNQ: Tensor, image_N: Tensor, counts_B: list[int]) -> Tensor:
     Returns:
         query_KN: int64, on the device of the costs; -1 for all targets of an image some of whose costs are not finite.
     """
-    if implementation is compiled and cost_KNQ.is_cuda:
+    if chosen.implementation is compiled and cost_KNQ.is_cuda:
         library.check(cost_KNQ.device)
         return torch.ops.tenfold.assign(cost_KNQ, image_N, len(counts_B))
     costs, starts = cost_KNQ.cpu().numpy(), np.cumsum([0, *counts_B])

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import wrap_torch_function
 
-from ops import compiled, library
-from ops.ms_deform_attn import implementation
+from ops import chosen, compiled, library
 
 
 class Mode(IntEnum):
@@ -31,7 +30,7 @@ def relu_dropout_(x: Tensor, p: float, training: bool) -> Tensor:
         return x.relu_()
     if p == 0:
         return x.relu()
-    if implementation is not compiled:
+    if chosen.implementation is not compiled:
         return torch.nn.functional.dropout(x.relu(), p)
     return _ReluDropout.apply(x, p)
 
@@ -48,7 +47,7 @@ def add_dropout_(x: Tensor, residual: Tensor, p: float, training: bool) -> Tenso
 
 
 def has_kernel(x: Tensor, dtype: torch.dtype) -> bool:
-    return implementation is compiled and x.is_cpu and dtype in (torch.float32, torch.bfloat16)
+    return chosen.implementation is compiled and x.is_cpu and dtype in (torch.float32, torch.bfloat16)
 
 
 def run(mode: Mode, x: Tensor, other: Tensor | None, seed: Tensor, p: float, out: Tensor) -> Tensor:

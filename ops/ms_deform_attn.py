@@ -7,19 +7,15 @@ Both functions run the kernels of `ops.compiled`. With TENFOLD_OP=reference in t
 # B image, L level, S = sum of H*W over levels, D model width, M head, E head width, Q query, P point, K = L*P
 
 import math
-import os
 
 import torch
 from torch import Tensor, nn
 
-from ops import compiled, reference
+from ops import chosen, reference
+from ops.linear import Linear, cast_once
 from ops.reference import SpatialShapes
 
 MAX_POINTS = 512  # L*P, as in csrc/problem.h
-IMPLEMENTATIONS = {"compiled": compiled, "reference": reference}
-if (_chosen := os.environ.get("TENFOLD_OP") or "compiled") not in IMPLEMENTATIONS:
-    raise ValueError(f"TENFOLD_OP: {_chosen!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
-implementation = IMPLEMENTATIONS[_chosen]
 
 
 def ms_deform_attn(
@@ -45,7 +41,7 @@ def ms_deform_attn(
     Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
     _check("attention_weights", attention_weights, value, B=B, Q=Q, M=M, L=L, P=P)
     _check_points("sampling_locations", L, P)
-    return implementation.ms_deform_attn(value, sizes_hw, sampling_locations, attention_weights)
+    return chosen.implementation.ms_deform_attn(value, sizes_hw, sampling_locations, attention_weights)
 
 
 def fused_ms_deform_attn(
@@ -76,7 +72,9 @@ def fused_ms_deform_attn(
     _check_references("reference_points", reference_points, value, B, Q, L)
     _check("attention_logits", attention_logits, value, B=B, Q=Q, M=M, LP=L * P)
     _check_points("sampling_offsets", L, P)
-    return implementation.fused_ms_deform_attn(value, sizes_hw, reference_points, sampling_offsets, attention_logits)
+    return chosen.implementation.fused_ms_deform_attn(
+        value, sizes_hw, reference_points, sampling_offsets, attention_logits
+    )
 
 
 class MSDeformAttn(nn.Module):
@@ -96,10 +94,10 @@ class MSDeformAttn(nn.Module):
         if width % num_heads:
             raise ValueError(f"width: {width}, expected a multiple of num_heads ({num_heads})")
         self.num_levels, self.num_heads, self.num_points = num_levels, num_heads, num_points
-        self.sampling_offsets = nn.Linear(width, num_heads * num_levels * num_points * 2)
-        self.attention_weights = nn.Linear(width, num_heads * num_levels * num_points)
-        self.value_proj = nn.Linear(width, width)
-        self.output_proj = nn.Linear(width, width)
+        self.sampling_offsets = Linear(width, num_heads * num_levels * num_points * 2)
+        self.attention_weights = Linear(width, num_heads * num_levels * num_points)
+        self.value_proj = Linear(width, width)
+        self.output_proj = Linear(width, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -167,9 +165,7 @@ class MSDeformAttn(nn.Module):
     def _offsets_and_logits(self, query_BQD: Tensor) -> tuple[Tensor, Tensor]:
         """sampling_offsets (B, Q, M, L, P, 2) and attention_logits (B, Q, M, L*P) of `fused_ms_deform_attn`."""
         M, L, P = self.num_heads, self.num_levels, self.num_points
-        device = query_BQD.device.type
-        if query_BQD.dtype == torch.float32 and torch.is_autocast_enabled(device):  # once, not for each layer
-            query_BQD = query_BQD.to(torch.get_autocast_dtype(device))
+        query_BQD = cast_once(query_BQD)
         offsets_xy = self.sampling_offsets(query_BQD).unflatten(-1, (M, L, P, 2))
         return offsets_xy, self.attention_weights(query_BQD).unflatten(-1, (M, L * P))
 

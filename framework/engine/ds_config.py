@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from framework.engine.zero_1 import GradientsAtOnce
 from framework.errors import UsageError
 from framework.models.backbone import ScalableConv2d
+from ops.linear import Linear
 
 # Layers that compute in autocast's dtype and whose weights and gradients DeepSpeed sends in it: these classes, not
 # those derived from them. (float32 ones: framework/models/linear.py.)
-SENT_IN_LOWER_PRECISION = (nn.Linear, nn.Conv2d, ScalableConv2d)
+SENT_IN_LOWER_PRECISION = (Linear, nn.Conv2d, ScalableConv2d)
 BUCKET = 1 << 24  # gradients reduced at once, and room for as many: DeepSpeed's default holds 2 GB
 
 

@@ -27,6 +27,7 @@ from framework.models.decoder import BoxHead, Decoder, DecoderLayer
 from framework.models.detector import Detector, LevelCodes
 from framework.models.encoder import Encoder, EncoderLayer
 from framework.models.queries import EncoderProposals, LearnedEmbeddings, LearnedPoints
+from ops.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ class _Dense:
 
 def _class_head(config: ModelConfig) -> nn.Linear:
     """Under the focal loss every class starts at probability 0.01."""
-    head = nn.Linear(config.width, num_logits(config))
+    head = Linear(config.width, num_logits(config))
     if config.classification == "focal":
         nn.init.constant_(head.bias, -math.log(99))
     return head

@@ -15,6 +15,7 @@ from framework.models.linear import Float32Linear
 from framework.models.queries import QueryState
 from framework.models.recompute import Layer, run
 from ops.dropout import add_dropout_
+from ops.linear import cast_once
 
 
 class BoxHead(nn.Module):
@@ -76,6 +77,7 @@ class Decoder(nn.Module):
     def forward(self, queries: QueryState, tokens_BSD: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """Returns logits (K, B, Q, C) and boxes (K, B, Q, 4: cxcywh, fractions of the unpadded image), float32."""
         x_BQD, references_BQn = queries.content_BQD, queries.references_BQn
+        tokens_BSD = cast_once(tokens_BSD)
         logits, boxes = [], []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads, strict=True):
             x_BQD = self.run(layer, x_BQD, queries.position_BQD, references_BQn, tokens_BSD, pyramid)

@@ -11,6 +11,7 @@ from framework.models.attention import Pyramid
 from framework.models.on_cpu import AfterAttention, trains_on_cpu
 from framework.models.recompute import Layer, run
 from ops.dropout import add_dropout_, relu_dropout_
+from ops.linear import Linear
 
 
 class FeedForward(nn.Module):
@@ -18,8 +19,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
-        self.linear1 = nn.Linear(width, hidden)
-        self.linear2 = nn.Linear(hidden, width)
+        self.linear1 = Linear(width, hidden)
+        self.linear2 = Linear(hidden, width)
         self.dropout = dropout
         self.norm = nn.LayerNorm(width)
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 from torch.overrides import has_torch_function
 
 from ops.dropout import Mode, has_kernel, new_seed, run, used_up
+from ops.linear import product, tall_product
 
 EPSILON = nn.LayerNorm(1).eps
-onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # what torch.compile takes for linear layers
 norm_backward = torch.ops.aten.native_layer_norm_backward
 softmax_backward = torch.ops.aten._softmax_backward_data
 
@@ -39,15 +38,6 @@ def trains_on_cpu(layer: nn.Module, x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not any(hasattr(weight, "ds_id") for weight in layer.parameters())
     )
-
-
-def product(x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, float32. With AVX-512 by oneDNN, which on AMD takes a sixth to two fifths less time than MKL,
-    torch's own choice: but for gradients of weights, whose products are tall."""
-    if onednn_linear is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return linear(x_NK, weight_MK, bias_M)
-    result: Tensor = onednn_linear(x_NK, weight_MK, bias_M, "none", [], "")
-    return result
 
 
 class AfterAttention(torch.autograd.Function):
@@ -82,10 +72,10 @@ class AfterAttention(torch.autograd.Function):
         )
         grad_ND = run(Mode.PLAIN, grad_y_BSD, None, ctx.seeds[2], ctx.p, out=used_up(z_BSD)).flatten(0, 1)
         hidden_NF = hidden_BSF.flatten(0, 1)
-        grads_linear2 = grad_ND.t() @ hidden_NF, grad_ND.sum(0)
+        grads_linear2 = tall_product(grad_ND, hidden_NF), grad_ND.sum(0)
         grad_NF = product(grad_ND, linear2.t())
         run(Mode.GATE, grad_NF, hidden_NF, ctx.seeds[1], ctx.p, out=grad_NF)
-        grads_linear1 = grad_NF.t() @ y_BSD.flatten(0, 1), grad_NF.sum(0)
+        grads_linear1 = tall_product(grad_NF, y_BSD.flatten(0, 1)), grad_NF.sum(0)
         grad_y_BSD += product(grad_NF, linear1.t()).view_as(grad_y_BSD)
         grad_x_BSD, *grads_norm1 = norm_backward(
             grad_y_BSD, x_BSD, norm1.shape, mean_x, scale_x, norm1, bias_norm1, [True] * 3

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from framework.models.attention import Pyramid
 from framework.models.linear import Float32Linear
 from framework.models.position import sine_box_code
+from ops.linear import Linear
 
 
 @dataclass
@@ -79,9 +80,9 @@ class EncoderProposals(nn.Module):
         super().__init__()
         self.num_queries, self.width = num_queries, width
         self.class_head, self.box_head = class_head, box_head
-        self.token_projection = nn.Linear(width, width)
+        self.token_projection = Linear(width, width)
         self.token_norm = nn.LayerNorm(width)
-        self.code_projection = nn.Linear(2 * width, 2 * width)
+        self.code_projection = Linear(2 * width, 2 * width)
         self.code_norm = nn.LayerNorm(2 * width)
 
     def forward(self, tokens_BSD: Tensor, pyramid: Pyramid) -> QueryState:

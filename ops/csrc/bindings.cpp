@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -399,7 +400,7 @@ void dropout(const Tensor& x, std::optional<Tensor> other, const Tensor& seed, d
   if (other) check("other", *other);
   d.x = x.const_data_ptr(), d.other = other ? other->const_data_ptr() : nullptr, d.out = out.mutable_data_ptr();
   d.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
-  d.threshold = static_cast<uint32_t>(std::min(p * 0x1p32, 0x1p32 - 1));
+  d.threshold = static_cast<uint32_t>(std::lround(p * 0x1p16));
   d.scale = static_cast<float>(1 / (1 - p));
   const auto kernel = cpu_kernels().dropout;
   const int64_t count = x.numel();

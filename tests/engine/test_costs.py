@@ -20,6 +20,7 @@ from framework.models import backbone
 from framework.models.backbone import BackboneConfig
 from framework.models.build import ModelConfig, build_detector
 from framework.models.linear import Float32Linear
+from ops.linear import Linear
 from tests.distributed import run_ranks
 from tests.models.variants import VARIANTS
 from tests.paths import REPOSITORY
@@ -179,7 +180,7 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(512, 512), nn.LayerNorm(512), nn.Linear(512, 256), nn.LayerNorm(256))
+        self.layers = nn.Sequential(Linear(512, 512), nn.LayerNorm(512), Linear(512, 256), nn.LayerNorm(256))
         self.layers[2].bias.requires_grad_(False)
 
     def forward(self, x):
@@ -202,7 +203,9 @@ def one_step(ranks, accumulation):
             "train_batch_size": 2 * accumulation, "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.1,
             "zero_optimization": {"stage": stage, "reduce_bucket_size": 400_000},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-            "torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "data_types": {"grad_accum_dtype": "fp32"},
+            "torch_autocast": {"enabled": True, "dtype": "bfloat16",
+                               "lower_precision_safe_modules": ["ops.linear.Linear"]},
+            "data_types": {"grad_accum_dtype": "fp32"},
         })  # fmt: skip
         if stage == 1:
             engine.optimizer.gradients_at_once.scattered = True  # as on GPUs

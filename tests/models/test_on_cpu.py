@@ -8,7 +8,7 @@ from torch.overrides import BaseTorchFunctionMode
 from framework.models import encoder, recompute
 from framework.models.attention import MultiheadAttention, Pyramid
 from framework.models.encoder import EncoderLayer
-from framework.models.on_cpu import Attend, product
+from framework.models.on_cpu import Attend
 
 B, S, D = 2, 23, 8
 
@@ -196,14 +196,3 @@ def test_backward_uses_its_memory_up():
     y_BSD.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y_BSD.sum().backward()
-
-
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-def test_products_are_linear_layers_whichever_library_computes_them(capability, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    x, weight, bias = torch.randn(B, S, 48), torch.randn(32, 48), torch.randn(32)
-    expected = nn.functional.linear(x.double(), weight.double(), bias.double())
-    torch.testing.assert_close(product(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-4)
-    turned = torch.randn(48, 32).t()
-    expected = x.double() @ turned.t().double()
-    torch.testing.assert_close(product(x, turned).double(), expected, rtol=1e-5, atol=1e-4)

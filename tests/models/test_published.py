@@ -1,7 +1,6 @@
 """The models against the numbers of the published implementations."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from framework.losses.matcher import Stage, match
 from framework.models.build import build_detector
 from framework.models.detector import Detector, Predictions
 from framework.models.weights import load_published, to_published
-from ops import library
+from ops import chosen, library
 from tests.models.variants import VARIANTS, published_gradients, reference_state_dict
 from tests.paths import reference_file
 
@@ -78,17 +77,16 @@ def published(request):
 @contextmanager
 def operator_through(way: str) -> Iterator[None]:
     """Instruction set of the kernels, the fastest for "", or plain torch for "reference"."""
-    operator = sys.modules["ops.ms_deform_attn"]
-    implementation = operator.implementation
+    implementation = chosen.implementation
     if way == "reference":
-        operator.implementation = operator.IMPLEMENTATIONS[way]
+        chosen.implementation = chosen.IMPLEMENTATIONS[way]
     else:
         try:
             library.choose_cpu_isa(way)
         except ValueError as error:
             pytest.skip(str(error))
     yield
-    operator.implementation = implementation
+    chosen.implementation = implementation
     library.choose_cpu_isa()
 
 

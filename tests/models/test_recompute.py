@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ops
 from framework.models.recompute import SAMPLING
-from ops import reference
+from ops import chosen, reference
 from tests.models.test_build import small
 
 WAYS = {"kept": None, "recomputed": {}, "products kept": {"keep_products": True}}
@@ -68,7 +67,7 @@ def test_what_sampling_gave_is_kept():
 @pytest.mark.parametrize("kind", ["base", "detr"])
 def test_narrow_products_are_kept_where_no_kernel_uses_them_up(kind, dropout, ffn_width, dtype, monkeypatch):
     """ffn_width 32: of a layer's own width, so that both of its products are kept."""
-    monkeypatch.setattr(ops.dropout, "implementation", reference)
+    monkeypatch.setattr(chosen, "implementation", reference)
     (whole, all_kept), (_, none_kept), (cheaply, narrow_kept) = (
         step(kind, dropout, way, dtype=dtype, width=32, ffn_width=ffn_width) for way in WAYS
     )

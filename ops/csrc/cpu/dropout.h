@@ -13,6 +13,8 @@ namespace {
 
 using Lanes = Types<float>::Bits;
 
+constexpr int64_t kPairs = 16;
+
 // Every bit of the result depends on every bit of the argument: a multiply-xorshift hash, two rounds, as in the
 // finalisers of MurmurHash3; constants from a search for little bias (Wellons, "Prospecting for hash functions", 2018).
 TENFOLD_INLINE Lanes mixed(Lanes bits) {
@@ -22,45 +24,49 @@ TENFOLD_INLINE Lanes mixed(Lanes bits) {
 }
 
 template <class V, DropoutMode mode>
-TENFOLD_INLINE Vec<float> dropped(const Dropout& d, Vec<float> x, const V* other, int64_t i, Lanes bits) {
+TENFOLD_INLINE Vec<float> dropped(const Dropout& d, Vec<float> x, const V* other, Lanes bits) {
   const Vec<float> zero = {};
   if constexpr (mode == DropoutMode::kGate) {
-    return load<float>(other + i) <= zero ? zero : x * d.scale;  // NaN goes on
+    return load<float>(other) <= zero ? zero : x * d.scale;  // NaN goes on
   } else {
     if constexpr (mode == DropoutMode::kRelu) x = x < zero ? zero : x;
     const Vec<float> kept = bits < d.threshold ? zero : x * d.scale;
-    if constexpr (mode == DropoutMode::kAdd) return load<float>(other + i) + kept;
+    if constexpr (mode == DropoutMode::kAdd) return load<float>(other) + kept;
     return kept;
   }
 }
 
+// 2 * kPairs elements. A hash, of `pair` and on, tells of two of them, kPairs apart: 16 bits of each.
 template <class V, DropoutMode mode>
-void drop(const Dropout& d, int64_t begin, int64_t end) {
+TENFOLD_INLINE void drop_block(const Dropout& d, const V* x, const V* other, V* out, int64_t pair) {
   constexpr int kWide = kLanes<float>;
-  const V* const x = static_cast<const V*>(d.x);
-  const V* const other = static_cast<const V*>(d.other);
-  V* const out = static_cast<V*>(d.out);
+  static_assert(kPairs % kWide == 0 && kDropoutBlock % (2 * kPairs) == 0);
   Lanes lane;
   for (int i = 0; i < kWide; ++i) lane[i] = static_cast<uint32_t>(i);
-  const uint32_t low = static_cast<uint32_t>(d.seed), high = static_cast<uint32_t>(d.seed >> 32);
-  for (int64_t i = begin; i < end; i += kWide) {
+  const uint32_t low = static_cast<uint32_t>(d.seed) + static_cast<uint32_t>(pair);
+  const uint32_t high = static_cast<uint32_t>(d.seed >> 32) ^ static_cast<uint32_t>(pair >> 32) * 0x9e3779b9u;
+  for (int i = 0; i < kPairs; i += kWide) {
     Lanes bits = {};
-    if constexpr (mode != DropoutMode::kGate) {
-      const uint32_t of_index = static_cast<uint32_t>(i >> 32) * 0x9e3779b9u;
-      bits = mixed(mixed(lane + (static_cast<uint32_t>(i) + low)) + (high ^ of_index));
-    }
-    if (end - i >= kWide) {
-      store<float>(out + i, dropped<V, mode>(d, load<float>(x + i), other, i, bits));
-    } else {  // begin is a multiple of the widest vector, so that only the last elements of all come here
-      V tail[3 * kWide] = {};
-      for (int64_t k = 0; k < end - i; ++k) {
-        tail[k] = x[i + k];
-        if (other) tail[kWide + k] = other[i + k];
-      }
-      store<float>(tail + 2 * kWide, dropped<V, mode>(d, load<float>(tail), tail + kWide, 0, bits));
-      for (int64_t k = 0; k < end - i; ++k) out[i + k] = tail[2 * kWide + k];
-    }
+    if constexpr (mode != DropoutMode::kGate) bits = mixed(mixed(lane + (low + static_cast<uint32_t>(i))) + high);
+    const auto one = dropped<V, mode>(d, load<float>(x + i), other + i, bits & 0xffffu);
+    const auto two = dropped<V, mode>(d, load<float>(x + i + kPairs), other + i + kPairs, bits >> 16);
+    store<float>(out + i, one), store<float>(out + i + kPairs, two);
   }
+}
+
+template <class V, DropoutMode mode>
+void drop(const Dropout& caller_s, int64_t begin, int64_t end) {
+  const Dropout d = caller_s;  // which no store below can change
+  const V* const x = static_cast<const V*>(d.x);
+  const V* const other = static_cast<const V*>(d.other ? d.other : d.x);  // if there is none, it is not read
+  V* const out = static_cast<V*>(d.out);
+  int64_t i = begin;
+  for (; end - i >= 2 * kPairs; i += 2 * kPairs) drop_block<V, mode>(d, x + i, other + i, out + i, i / 2);
+  if (i == end) return;
+  V last[3][2 * kPairs] = {};
+  for (int64_t k = 0; k < end - i; ++k) last[0][k] = x[i + k], last[1][k] = other[i + k];
+  drop_block<V, mode>(d, last[0], last[1], last[2], i / 2);
+  for (int64_t k = 0; k < end - i; ++k) out[i + k] = last[2][k];
 }
 
 template <class V>

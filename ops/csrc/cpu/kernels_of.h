@@ -7,7 +7,7 @@ namespace tenfold {
 
 constexpr int kDone = 0, kOutOfMemory = 1;
 
-// What to do with each of the elements of x, of which those are kept whose hash is not below the threshold: times
+// What to do with each of the elements of x, of which those are kept whose 16 bits are not below the threshold: times
 // scale, else 0. kRelu: of max(x, 0). kAdd: and add `other`. kGate: the backward of kRelu, whose result is `other`.
 enum class DropoutMode { kPlain, kRelu, kAdd, kGate };
 

@@ -84,8 +84,8 @@ template <class A>
 TENFOLD_INLINE void store(bfloat16* to, Vec<A> numbers) {
   const auto bits = (Types<float>::Bits)numbers;
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const auto nan = (Types<float>::Bits)(numbers != numbers);
-  const auto half = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Types<float>::HalfBits);
+  const auto whole = numbers == numbers ? rounded : Types<float>::Bits{} + 0x7fc0u;  // of a NaN, another
+  const auto half = __builtin_convertvector(whole, Types<float>::HalfBits);
   std::memcpy(to, &half, sizeof half);
 }
 
