@@ -170,6 +170,7 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,  # our own console and TensorBoard report
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # which waits for the device before and after each micro-batch
     }
 
 

@@ -1,7 +1,10 @@
 """Forward, loss and backward never wait for the device: the processor stays ahead.
 
 On a GPU torch's own check holds it. On a CPU operators are looked at: of those that would wait there most are known.
+DeepSpeed's engine is not to wait for all that the device has been given either.
 """
+
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from framework.losses.criterion import Criterion
 from framework.losses.matcher import LossConfig
 from framework.models.backbone import BackboneConfig
 from framework.models.build import ModelConfig, build_detector
+from tests.distributed import run_ranks
+from tests.engine.test_zero_1 import ACCUMULATION, backward, engine_of
 
 SMALL = dict(num_classes=3, num_queries=5, width=32, num_heads=2, encoder_layers=1, decoder_layers=2, ffn_width=32,
              backbone=BackboneConfig("resnet18"))  # fmt: skip
@@ -82,3 +87,20 @@ def test_nothing_is_waited_for(config, sizes_hw, device, monkeypatch):
     for waits in (torch.Tensor.item, lambda one: one[one > 0], lambda one: one.__setitem__(one.long() - 1, 2.0)):
         with pytest.raises(AssertionError, match="waits for the device"), NoWaits():
             waits(torch.ones(1, device=device))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_engine_never_waits_for_the_whole_device(stage):
+    run_ranks(1, engine_steps, stage)
+
+
+def engine_steps(ranks: Ranks, stage: int) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    engine = engine_of(ranks, zero_stage=stage)
+    waits = AssertionError("the engine waits for the device")
+    with mock.patch.object(type(get_accelerator()), "synchronize", side_effect=waits):
+        for step in range(4):  # DeepSpeed's timer of throughput begins after the second
+            for _ in range(ACCUMULATION):
+                backward(engine, step)
+                engine.step()
