@@ -108,6 +108,11 @@ class Config:
                 "model.refine_boxes, loss.auxiliary: found true and false; boxes are refined by heads that only "
                 "auxiliary losses train: set loss.auxiliary=true or model.refine_boxes=false"
             )
+        if self.optim.impl == "apex" and self.engine.offload_optimizer:
+            raise UsageError(
+                "optim.impl, engine.offload_optimizer: found apex and true; its FusedAdam is for GPUs: set "
+                "optim.impl=auto or engine.offload_optimizer=false"
+            )
         if self.data.labels == "category_id" and self.model.num_classes is None:
             raise UsageError(
                 "data.labels, model.num_classes: found category_id and null; raw COCO ids need "
@@ -126,7 +131,7 @@ def load(path: str | Path | None, overrides: list[str]) -> Config:
     for source, departures in _departures(path, overrides):
         for name in _leaf_names(departures):
             if name not in known:
-                raise UsageError(f"{source}: unknown key {name!r}{_nearest(name, known)}")
+                raise UsageError(f"{source}: {_unknown(name, known)}")
         try:
             for name in _leaf_names(departures):  # a merge would pass over what is missing
                 OmegaConf.select(departures, name, throw_on_missing=True, throw_on_resolution_failure=False)
@@ -167,9 +172,11 @@ def _departures(path: str | Path | None, overrides: list[str]) -> Iterator[tuple
             raise UsageError(f"--config {path}: found a list, expected keys and values")
         yield str(path), content
     for override in overrides:
-        key, separator, _ = override.partition("=")
+        key, separator, value = override.partition("=")
         if not separator or not key:
             raise UsageError(f"{override!r}: expected key=value")
+        if not value:
+            raise UsageError(f"{override!r}: found no value; none is {key}=null")
         try:
             yield override, OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -177,7 +184,10 @@ def _departures(path: str | Path | None, overrides: list[str]) -> Iterator[tuple
 
 
 def _reason(error: OmegaConfBaseException) -> str:
-    return f"{getattr(error, 'full_key', None) or 'a key'}: {str(error).strip().splitlines()[0]}"
+    said, value = str(error).strip().splitlines()[0], getattr(error, "value", None)
+    if "is not a ListConfig" in said:
+        said = f"found {value}, expected a list, as in [{value}]"
+    return f"{getattr(error, 'full_key', None) or 'a key'}: {said}"
 
 
 def _leaf_names(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -189,6 +199,13 @@ def _leaf_names(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _leaf_names(child, name + ".")
         else:
             yield name
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    within = sorted(key for key in known if key.startswith(f"{name}."))
+    if within:
+        return f"{name!r} is a section: set its keys, such as {within[0]}"
+    return f"unknown key {name!r}{_nearest(name, known)}"
 
 
 def _nearest(name: str, known: set[str]) -> str:

@@ -27,7 +27,13 @@ from framework.engine.graphs import GRAIN, Graphs
 from framework.engine.guard import Guard
 from framework.engine.incarnation import Incarnation
 from framework.engine.lifecycle import SAVED, Lifecycle, patience
-from framework.engine.optimizer import build_optimizer, learning_rates, other_batch, set_learning_rates
+from framework.engine.optimizer import (
+    build_optimizer,
+    learning_rates,
+    other_batch,
+    set_learning_rates,
+    unreached_drops,
+)
 from framework.engine.preflight import Preflight
 from framework.engine.ranks import Ranks, init_ranks, numbers
 from framework.engine.rehearsal import rehearse
@@ -202,6 +208,8 @@ def say_what_begins(
     )  # fmt: skip
     if (said := other_batch(config.optim, config.train.global_batch)) is not None:
         log.info("%s", said)
+    if (said := unreached_drops(config.train.lr_drop_epochs, config.train.epochs)) is not None:
+        log.warning("%s", said)
 
 
 def kept_steps(train: TrainConfig, steps_per_epoch: int, steps: list[int]) -> set[int]:

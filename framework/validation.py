@@ -54,14 +54,16 @@ def validate(
         sink.picture(f"predictions/{i}", partial(picture_of, val_set, i, detections), step)
     for i, draw in enumerate(looks):
         sink.picture(f"attention/{i}", draw, step)
-    best_step, best_ap = best_evaluation(str(config.train.run_dir)) or (step, 0.0)  # so far
+    before = best_evaluation(str(config.train.run_dir))
     sink.document(evaluation_name(step), report(numbers, config.eval.image_side, step=step, epoch=epoch))
     if ranks.is_main:
-        log.info("epoch %g: %s; best AP before: %.3f at step %d", epoch,
-                 ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()), best_ap, best_step)  # fmt: skip
-        images_seen = step * config.train.global_batch
-        for line in collapse(numbers["AP"], best_ap, images_seen, config.model.attention, val_set.ground_truth,
-                             partial(to_rows, detections)):  # fmt: skip
+        found = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        best = f"; best AP before: {before[1]:.3f} at step {before[0]}" if before else ""
+        log.info("epoch %g: %s%s", epoch, found, best)
+        for line in collapse(
+            numbers["AP"], before[1] if before else 0.0, step * config.train.global_batch, config.model.attention,
+            val_set.ground_truth, partial(to_rows, detections),
+        ):  # fmt: skip
             log.warning("%s", line)
 
 

@@ -77,7 +77,11 @@ def test_loaded_configs_are_frozen():
         ("epochs=3", "unknown key 'epochs'; did you mean 'train.epochs'?"),
         ("model.attention=sparse", "model.attention"),
         ("train.epochs=many", "train.epochs"),
-        ("model=3", "model"),
+        ("model=3", "'model' is a section: set its keys, such as model.attention"),
+        ("model.backbone=null", "'model.backbone' is a section"),
+        ("data.sizes=4", "data.sizes: found 4, expected a list, as in [4]"),
+        ("train.run_dir=", "'train.run_dir=': found no value; none is train.run_dir=null"),
+        ("model.num_points=200", "model.num_points, model.num_feature_levels: found 200, 4"),
         ("train.epochs", "expected key=value"),
         ("data.sizes=[4,", "not YAML"),
         ("train.global_batch=5", "train.global_batch, train.micro_batch: found 5 and 2"),
@@ -160,6 +164,11 @@ def leaf_fields(cls, prefix=""):
             yield from leaf_fields(hints[f.name], f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", (cls, f.name)
+
+
+def test_apex_does_not_update_in_host_memory():
+    with pytest.raises(UsageError, match="optim.impl, engine.offload_optimizer: found apex and true"):
+        load("optim.impl=apex", "engine.offload_optimizer=true")
 
 
 def test_boxes_are_not_refined_by_heads_that_nothing_trains():

@@ -58,7 +58,8 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(run, settings):
 
 def test_the_recipe_s_batch_gets_no_warning_and_a_masked_tail_is_counted(run):
     _, text, found = run("--images", "70", CLASSES, "data.tail=mask")
-    assert "the recipe is for" not in text
+    assert "the recipe is for" not in text and "train.lr_drop_epochs" not in text
+    assert "the rate does not drop at 40" in run("--images", "70", CLASSES, "data.tail=mask", "train.epochs=40")[1]
     assert found["assignment"] == {
         "images": 70, "ranks": 8, "steps": 3, "once": 70, "left_out": 0, "masked": 26, "order": "full",
         "grouped_by_shape": False, "from_shards": False, "faults": [],
@@ -134,6 +135,9 @@ def test_precision_checkpointing_and_offload_reach_the_plan(run):
     assert memory["activations"] == changed[2]["activations"]["bf16 recomputed"]
     assert memory["activations"] < changed[2]["activations"]["bf16"]
     assert "lie in the host's memory" in changed[1] and "lie in the host's memory" not in text
+    bf16, fp16 = (run(CLASSES, f"engine.precision={name}")[2] for name in ("bf16", "fp16"))
+    assert [row["dtype"] for row in fp16["stages"]] == ["fp32", "fp16", "fp16", "fp16"]
+    assert fp16["activations"]["fp16"] == bf16["activations"]["bf16"]
 
 
 @pytest.mark.parametrize("arguments, message", [

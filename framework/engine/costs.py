@@ -103,7 +103,8 @@ def memory(stage: int, setup: Setup) -> dict[str, int]:
     """Bytes of one GPU, activations left out: weights, gradients, buckets, optimizer; and host, the CPU's memory.
 
     Left out too: copies that live while gradients are sent or the weights are updated, when activations are gone: of
-    stage 0 all gradients, of stage 1 those of the largest parameter group.
+    stage 0 all gradients, of stage 1 those of the largest parameter group (with CUDA graphs, whose gradients
+    have one memory, of all).
     """
     everything, trainable = setup.elements(), setup.elements(trainable=True)
     weights, gradients, optimizer = everything, trainable, 3 * setup.share(trainable)
@@ -193,7 +194,8 @@ def activations(
     named = [*model.named_parameters(), *model.named_buffers()]
     with FakeTensorMode(), _AsOnGPU() if as_on_gpu else contextlib.nullcontext():
         fakes = {name: torch.empty(t.shape, dtype=t.dtype).requires_grad_(t.requires_grad) for name, t in named}
-        return alive_after_forward(model, fakes, size_hw, batch, dtype)
+        as_large = torch.bfloat16 if dtype == torch.float16 else dtype  # which no operator of ours takes on a CPU
+        return alive_after_forward(model, fakes, size_hw, batch, as_large)
 
 
 def alive_after_forward(

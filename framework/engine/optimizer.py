@@ -97,10 +97,10 @@ def _deepspeed_adam(device: torch.device) -> Callable[[Any, dict[str, Any]], tor
 
 def _apex_adam(device: torch.device) -> Any:
     """NVIDIA's FusedAdam. PyPI's `apex` is another project and holds no optimizers."""
-    how = "install NVIDIA apex from its repository (https://github.com/NVIDIA/apex), or set optim.impl=auto"
     if device.type != "cuda":
-        raise UsageError("optim.impl: found apex on a machine without GPU, or with engine.offload_optimizer=true; its "
-                         f"FusedAdam is for GPUs; {how}")  # fmt: skip
+        raise UsageError("optim.impl: found apex on a machine without GPU; its FusedAdam is for GPUs: set "
+                         "optim.impl=auto")  # fmt: skip
+    how = "install NVIDIA apex from its repository (https://github.com/NVIDIA/apex), or set optim.impl=auto"
     try:
         import apex
     except ImportError as error:
@@ -123,6 +123,15 @@ def learning_rates(
     if step < config.warmup_steps:
         lr *= (step + 1) / config.warmup_steps
     return {"rest": lr, "backbone": lr * config.backbone_lr_scale, "sampling": lr * config.sampling_lr_scale}
+
+
+def unreached_drops(drop_epochs: list[int], epochs: int) -> str | None:
+    """What to say of a schedule whose drops do not all come."""
+    late = [epoch for epoch in drop_epochs if epoch >= epochs]
+    if not late:
+        return None
+    return (f"train.lr_drop_epochs: found {drop_epochs} in a run of {epochs} epochs (train.epochs); the rate does not "
+            f"drop at {', '.join(map(str, late))}")  # fmt: skip
 
 
 def other_batch(config: OptimConfig, global_batch: int) -> str | None:

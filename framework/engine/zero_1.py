@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE = 1 << 18  # numbers whose squares are summed in a row; of more, float32 on a CPU loses digits
+PIECE = 1 << 18  # numbers whose squares a CPU sums in a row; of more, float32 loses digits
 
 
 class GradientsAtOnce:
@@ -72,8 +72,10 @@ class GradientsAtOnce:
         told = _Told(finite)
         if getattr(optimizer, "_step_supports_amp_scaling", False):  # as torch.amp.GradScaler asks and does
             optimizer.grad_scale, optimizer.found_inf = divisor, 1.0 - finite.float()
-            self._update(own)
-            del optimizer.grad_scale, optimizer.found_inf
+            try:
+                self._update(own)
+            finally:  # it may end for want of memory, which a rehearsal survives
+                del optimizer.grad_scale, optimizer.found_inf
         elif told:
             torch._foreach_div_(own, divisor)
             self._update(own)
@@ -84,7 +86,8 @@ class GradientsAtOnce:
         """Of all gradients of all ranks."""
         import deepspeed.comm as dist
 
-        norm = torch.nn.utils.get_total_norm([piece for one in own for piece in one.split(PIECE)])
+        pieces = own if own[0].is_cuda else [piece for one in own for piece in one.split(PIECE)]
+        norm = torch.nn.utils.get_total_norm(pieces)
         if self.world == 1:
             return norm
         square = norm.square()

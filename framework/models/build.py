@@ -28,6 +28,7 @@ from framework.models.detector import Detector, LevelCodes
 from framework.models.encoder import Encoder, EncoderLayer
 from framework.models.queries import EncoderProposals, LearnedEmbeddings, LearnedPoints
 from ops.linear import Linear
+from ops.ms_deform_attn import MAX_POINTS
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class ModelConfig:
             refuse("model.classification, model.queries", f"{self.classification}, proposals",
                    "proposals are ranked by a focal logit: set model.classification=focal or "
                    "model.queries=learned")  # fmt: skip
+        if self.attention == "deformable" and self.num_points * self.num_feature_levels > MAX_POINTS:
+            refuse("model.num_points, model.num_feature_levels", f"{self.num_points}, {self.num_feature_levels}",
+                   f"the operator takes at most {MAX_POINTS} points of all levels together")  # fmt: skip
         if self.attention == "dense":
             if self.num_feature_levels != 1:
                 refuse("model.attention, model.num_feature_levels", f"dense, {self.num_feature_levels}",

@@ -4,7 +4,7 @@ from typing import Any
 
 from framework.config import Config
 from framework.engine.ds_config import memory_savers
-from framework.engine.optimizer import GROUPS, other_batch
+from framework.engine.optimizer import GROUPS, other_batch, unreached_drops
 
 GIB, MIB = 2**30, 2**20
 WORTH = 0.1  # a share of stage 0's memory below which sharding is not worth a collective
@@ -35,8 +35,8 @@ def schedule_text(schedule: list[dict[str, Any]] | None, config: Config) -> str:
         head = ["from step", "", *GROUPS]
         lines += columns([head, *([f"{row['step']:,}", row["what"], *(f"{row[g]:.3g}" for g in GROUPS)]
                                   for row in schedule)])  # fmt: skip
-    if (said := other_batch(config.optim, config.train.global_batch)) is not None:
-        lines.append(f"  {said}")
+    drops = unreached_drops(config.train.lr_drop_epochs, config.train.epochs)
+    lines += [f"  {said}" for said in (other_batch(config.optim, config.train.global_batch), drops) if said]
     return "\n".join(["Learning rate", *lines]) if lines else ""
 
 
