@@ -131,9 +131,16 @@ def test_resuming_inside_an_epoch_changes_no_bit(whole, resumed):
     assert all((a[name] == b[name]).all() for name in a)
 
 
+def test_the_log_compares_an_evaluation_with_those_before_it(whole):
+    first, second = (line for line in (whole / "log.txt").read_text().splitlines() if ": AP " in line)
+    assert "best AP before" not in first and second.endswith("at step 3") and "best AP before: " in second
+    assert "train.lr_drop_epochs" not in (whole / "log.txt").read_text()  # it has one drop, which comes
+
+
 def test_one_process_takes_the_same_steps(data, whole, tmp_path):
     """Who shares a batch, what is drawn and what the loss is divided by do not depend on the world."""
-    assert train.main(arguments(data, tmp_path / "one", "eval.every=0")) == 0
+    assert train.main(arguments(data, tmp_path / "one", "eval.every=0", "train.lr_drop_epochs=[1,2]")) == 0
+    assert "the rate does not drop at 2" in (tmp_path / "one/log.txt").read_text()
     a, b = lines(whole), lines(tmp_path / "one")
     assert [b[s]["loss/total"] for s in b] == pytest.approx([a[s]["loss/total"] for s in a], rel=2e-5)
 
