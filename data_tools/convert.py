@@ -24,7 +24,7 @@ from data_tools.classes import read_names
 from data_tools.coco import read_coco
 from data_tools.commit import commit, is_free, partial_folder, remove
 from data_tools.pack import NOTE, jobs_of, pack_all
-from data_tools.sample import INDEX, MANIFEST, SPLITS, Manifest, read_manifest
+from data_tools.sample import INDEX, MANIFEST, SPLITS, Category, Manifest, read_manifest
 from data_tools.shards import WrittenShard, write_manifest
 from data_tools.voc import read_voc
 from data_tools.yolo import read_yolo
@@ -41,6 +41,7 @@ EXAMPLE = """examples:
       --classes fish/data.yaml --out shards/fish/val
 
 coco: with a folder of annotations its instances_train.json and instances_val.json become OUT/train and OUT/val.
+Categories of one name stay classes of their own, which is told.
 
 voc: a folder of XML files, one an image, which is found by its <filename>, or else by the name of the XML file.
 Pixels count from 1 and the last is inside, as in the VOC devkit: x1 y1 x2 y2 = xmin - 1, ymin - 1, xmax, ymax. Boxes
@@ -246,15 +247,22 @@ def report(data: DataSet) -> dict[str, Any]:
         "images_without_boxes": without_boxes,
         "boxes": len(sizes),
         "crowds": crowds,
-        "boxes_by_class": {one.name: labels[label] for label, one in enumerate(data.classes)},
+        "boxes_by_class": {name: labels[label] for label, name in enumerate(unlike_names(data.classes))},
         "boxes_by_size": {name: int((bins == n).sum()) for n, name in enumerate(SIZE_LIMITS_PX)},
         "repairs": dict(sorted(data.repairs.items())),
         "dropped": data.dropped,
+        "warnings": data.warnings,
     }
 
 
+def unlike_names(classes: list[Category]) -> list[str]:
+    """Of each class; with its id where others have the same."""
+    counts = Counter(one.name for one in classes)
+    return [one.name if counts[one.name] == 1 else f"{one.name} (id {one.category_id})" for one in classes]
+
+
 def summary(manifest: Manifest, report: dict[str, Any], folder: Path) -> list[str]:
-    """The report for a reader, and what was dropped."""
+    """The report for a reader, what was dropped, and warnings."""
     mib = sum(shard.bytes for shard in manifest.shards) / MIB
     most = Counter(report["boxes_by_class"]).most_common(SHOWN_CLASSES)
     more = len(manifest.classes) - len(most)
@@ -266,6 +274,7 @@ def summary(manifest: Manifest, report: dict[str, Any], folder: Path) -> list[st
         f"  sizes: {', '.join(sizes)} (COCO's: area under 32^2, under 96^2 px, larger)",
         f"  repairs: {_listed(report['repairs'].items()) or 'none'}",
         *(f"  dropped: {line}" for line in report["dropped"]),
+        *(f"  warning: {line}" for line in report["warnings"]),
     ]
 
 

@@ -142,6 +142,18 @@ def test_bad_boxes_are_dropped_when_asked_for(source, tmp_path, capsys):
     assert len(report["dropped"]) == capsys.readouterr().out.count("dropped: ") == len(BAD_BOXES)
 
 
+def test_two_categories_of_one_name_are_told(tmp_path, capsys):
+    twice = coco()
+    twice["categories"] += [{"id": 1, "name": "disc"}, {"id": 55, "name": "disc"}]
+    twice["annotations"][0]["category_id"] = 1
+    out = converted(write_set(tmp_path / "source", twice), tmp_path)
+    warning = "the categories 1 and 55 have one name, 'disc'; they stay different classes"
+    report = json.loads((out / "report.json").read_text())
+    assert report["warnings"] == [warning] and f"\n  warning: {warning}\n" in capsys.readouterr().out
+    assert report["boxes_by_class"] == {"disc (id 1)": 1, "fish": 2, "starfish": 0, "disc (id 55)": 0, "stingray": 1}
+    assert len(read_manifest(out).classes) == 5
+
+
 # What is refused: exit code 1, a line for each fault, nothing written.
 
 BAD_BOXES = [[50, 1, 5, 5], [1, 1, 0, 5], [9, 9, -4, 5], [1, float("nan"), 4, 4], [1, 1, float("inf"), 4]]
