@@ -30,10 +30,10 @@ def partial_folder(out: Path, *, keep: str | None = None) -> Iterator[Path]:
         try:
             yield partial
         except (OSError, KeyboardInterrupt, InputError) as error:
-            if keep and any(partial.rglob(keep)):
-                log.info("what is finished stays in %s; the same command goes on with it", partial)
-            else:
+            if not keep or not any(partial.rglob(keep)):
                 remove(partial)
+            elif not isinstance(error, InputError):  # which tells of it
+                log.info("what is finished stays in %s; the same command goes on with it", partial)
             raise error
         except BaseException:
             remove(partial)

@@ -2,9 +2,10 @@
 
     annotations -> checked samples -> each image: read, checked -> shards -> commit
 
-All faults of annotations and images are told at once, and then nothing is written. A folder appears under its
-name when everything in it is on the disk; before, it is `<name>.partial`, where a conversion that was killed goes on.
-The same input gives the same bytes, whatever the number of workers and however often it was killed.
+All faults of annotations and images are told at once, and then no set is made. A folder appears under its name when
+everything in it is on the disk; before, it is `<name>.partial`, where a conversion that was killed, or found faults,
+goes on with its finished shards. The same input gives the same bytes, whatever the number of workers and however often
+it was killed.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             data.repairs.update(sum((one.repairs for one in results), Counter()))
             if not faults:
                 reports[name] = finish_set(folder / name, data, [one.written for one in results if one.written])
-        refuse(faults)
+        refuse(faults, left_in(folder))
         manifests = {name: read_manifest(folder / name) for name in sets}
         if is_free(out):
             commit(folder, out, without=list(folder.rglob(f"*{NOTE}")))
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.convert",
-        description="Turn a data set into shards for training; checks all of it, writes all of it or nothing.",
+        description="Turn a data set into shards for training; checks all of it, makes all of it or no set.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -208,14 +209,22 @@ def refuse_other_classes(sets: dict[str, DataSet]) -> None:
             )
 
 
-def refuse(faults: list[str]) -> None:
-    """Raises InputError that lists the faults, if there are any."""
+def left_in(folder: Path) -> str:
+    """What becomes of an attempt with faults."""
+    finished = sum(1 for _ in folder.rglob(f"*{NOTE}"))
+    if not finished:
+        return "nothing was written"
+    return f"no set was made; {finished} finished shard(s) are kept in {folder} for the next try, or to be removed"
+
+
+def refuse(faults: list[str], left: str = "nothing was written") -> None:
+    """Raises InputError that lists the faults, if there are any, and tells what is left of the attempt."""
     if len(faults) == 1:
-        raise InputError(f"{faults[0]} (nothing was written)")
+        raise InputError(f"{faults[0]} ({left})")
     if faults:
         shown = faults[:SHOWN_FAULTS]
         more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        raise InputError("\n  ".join([f"{len(faults)} faults, nothing was written:", *shown, *more]))
+        raise InputError("\n  ".join([f"{len(faults)} faults, {left}:", *shown, *more]))
 
 
 def finish_set(folder: Path, data: DataSet, written: list[WrittenShard]) -> dict[str, Any]:

@@ -413,8 +413,11 @@ def test_workers_change_no_byte(workers, source, tmp_path, monkeypatch, capsys):
     assert read_manifest(tmp_path / "many").repairs == {"greyscale JPEG to be read as RGB": 1}
     for n in (0, 3):
         (source / "images" / f"photo.{n}.jpg").write_bytes(b"no image")
-    with pytest.raises(InputError, match="2 faults, nothing was written") as error:
+    capsys.readouterr()
+    kept = rf"no set was made; 2 finished shard\(s\) are kept in {tmp_path / 'bad.partial'} for the next try"
+    with pytest.raises(InputError, match=f"2 faults, {kept}") as error:
         convert.main(arguments(source, tmp_path / "bad", "--shard-mib", "1", "--workers", str(workers)))
+    assert "stays in" not in capsys.readouterr().err  # it is told once
     assert str(error.value).index("photo.0.jpg") < str(error.value).index("photo.3.jpg")
     assert not (tmp_path / "bad").exists() and len(list((tmp_path / "bad.partial").glob("*.note.json"))) == 2
     for n in (0, 3):
