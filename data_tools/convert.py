@@ -59,6 +59,7 @@ voc and yolo: image ids are 1, 2, ... by file name. Train and val are converted 
 
 MIB = 2**20
 SHOWN_FAULTS, SHOWN_CLASSES = 20, 12
+MARK = ".data_tools.convert"  # tells whose an unfinished folder is
 SIZE_LIMITS_PX = {"small": 32, "medium": 96, "large": float("inf")}  # COCO's, of sqrt(area)
 
 
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     refuse_other_classes(sets)
     faults = [fault for data in sets.values() for fault in data.faults]
     total = sum(len(data.samples) for data in sets.values())
-    with partial_folder(out, keep=f"*{NOTE}") as folder, progress(total, description="convert") as bar:
+    with partial_folder(out, MARK, keep=f"*{NOTE}") as folder, progress(total, description="convert") as bar:
         jobs = {name: jobs_of(folder / name, data.samples, args.images, shard_bytes=args.shard_mib * MIB,
                               verify=args.verify == "decode", reencode=args.reencode, write=not faults)
                 for name, data in sets.items()}  # fmt: skip
@@ -228,12 +229,12 @@ def refuse(faults: list[str], left: str = "nothing was written") -> None:
 
 
 def finish_set(folder: Path, data: DataSet, written: list[WrittenShard]) -> dict[str, Any]:
-    """Make a set of its shards; what else lies there, but notes of shards, is removed: remains of earlier attempts.
-    Returns the report."""
+    """Make a set of its shards; what else lies there, but notes of shards and the mark, is removed: remains of
+    earlier attempts. Returns the report."""
     manifest = write_manifest(folder, written, data.classes, data.repairs)
     told = report(data)
     write_json(folder / "report.json", told)
-    expected = {MANIFEST, INDEX, "report.json", *(shard.name for shard in manifest.shards)}
+    expected = {MARK, MANIFEST, INDEX, "report.json", *(shard.name for shard in manifest.shards)}
     remove(*(path for path in folder.iterdir() if path.name not in expected and not path.name.endswith(NOTE)))
     return told
 

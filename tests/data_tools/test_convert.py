@@ -323,6 +323,7 @@ def test_a_folder_without_val_is_refused(source, tmp_path):
 def test_a_finished_set_is_left_alone(source, tmp_path, capsys):
     out = converted(source, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / convert.MARK).touch()  # as when it was killed at the very end
     assert convert.main(arguments(source, out)) == 0
     assert "already there with the same content" in capsys.readouterr().out
     write_set(source, edited("annotations", 0, bbox=[1, 2, 3, 4]))
@@ -337,6 +338,21 @@ def test_a_folder_of_something_else_is_refused(source, tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="is not a finished shard set; remove it or choose another --out"):
         convert.main(arguments(source, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["instances.json", "annotations"])
+def test_remains_of_something_else_are_refused(name, source, tmp_path):
+    both(source, coco())
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"out\.partial: exists with 'thesis\.txt', and without the file .*move or"):
+        convert.main(arguments(source, tmp_path / "out", name=name))
+    assert content(tmp_path / "out.partial") == {"thesis.txt": b"mine"} and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(source, tmp_path):
+    with pytest.raises(UsageError, match=r"--out /proc/set: /proc/set.partial cannot be made .*choose another --out"):
+        convert.main(arguments(source, "/proc/set"))
 
 
 def killed_in(module, name, call, *arguments):
@@ -363,7 +379,7 @@ def killed_in(module, name, call, *arguments):
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [(pack, "read_image", 2), (pack, "_write_note", 2), (pack, "_write_note", 3), (shards, "sync", 2),
-     (convert, "write_manifest", 1), (convert, "remove", 1), (convert, "commit", 1)],
+     (convert, "write_manifest", 1), (convert, "remove", 1), (convert, "commit", 1), (os, "rename", 1)],
 )  # fmt: skip
 def test_a_killed_conversion_goes_on(module, name, call, source, tmp_path, monkeypatch):
     """Nothing that passes for a set is there before, and the bytes are the undisturbed ones after."""
@@ -375,7 +391,7 @@ def test_a_killed_conversion_goes_on(module, name, call, source, tmp_path, monke
     assert (tmp_path / "out.partial").is_dir()
     (tmp_path / "out.partial" / "old.tmp").write_text("left by something else")
     finished = {path.name for path in (tmp_path / "out.partial").glob("*.note.json")}
-    assert len(finished) == {"read_image": 1, "_write_note": call - 1, "sync": 1}.get(name, 4)
+    assert len(finished) == {"read_image": 1, "_write_note": call - 1, "sync": 1, "rename": 0}.get(name, 4)
     written = []
     write = pack.write_shard
     monkeypatch.setattr(pack, "write_shard", lambda *args: written.append(args[1]) or write(*args))
@@ -496,7 +512,7 @@ def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
 
 
 def test_two_conversions_do_not_share_a_folder(source, tmp_path):
-    with partial_folder(tmp_path / "out") as folder:
+    with partial_folder(tmp_path / "out", convert.MARK) as folder:
         with pytest.raises(UsageError, match="another process is writing it"):
             convert.main(arguments(source, tmp_path / "out"))
         assert folder.is_dir()
