@@ -50,8 +50,8 @@ class DataSet:
     """What annotations say, and what is wrong with them.
 
     path: the file or folder of annotations. classes: by category id. samples: by image id. repairs: how often each
-    was made. dropped: a line for each box, or kind of file, left out. faults: a line each; the set can be used
-    when there are none.
+    was made. dropped: a line for each box, or kind of file, left out. warnings: what is usable and odd, a line each.
+    faults: a line each; the set can be used when there are none.
     """
 
     path: Path
@@ -60,6 +60,7 @@ class DataSet:
     samples: Samples = field(default_factory=Samples)
     repairs: Counter[str] = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager

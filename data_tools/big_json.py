@@ -110,15 +110,17 @@ class _Text:
                 value, end = _decoder.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - LONGEST_WORD
+                ahead = error.pos - self.at  # more() moves both
                 if cut and self.more():  # what is missing may come
                     continue
-                self.at = error.pos
+                self.at += ahead
                 raise self.error(error.msg) from error
             rest = (
                 self.buffer[end : end + MOST_DIGITS].lstrip("0123456789.eE+-") if type(value) in (int, float) else "."
             )
+            length = end - self.at
             if rest or not self.more():  # a number may go on
-                self.at = end
+                self.at += length
                 return value
 
     def end(self) -> None:

@@ -72,7 +72,18 @@ def _read_images_and_categories(data: DataSet) -> tuple[dict[int, Sample], int]:
     for name in empty:
         raise InputError(f"{data.path}: an empty set, its list '{name}' has no entry; expected at least one")
     data.classes.extend(Category(categories[n], n) for n in sorted(categories))
+    _warn_of_one_name(data)
     return images, largest_id
+
+
+def _warn_of_one_name(data: DataSet) -> None:
+    ids: dict[str, list[int]] = {}
+    for one in data.classes:
+        ids.setdefault(one.name, []).append(one.category_id)
+    for name, same in ids.items():
+        if len(same) > 1:
+            listed = f"{', '.join(map(str, same[:-1]))} and {same[-1]}"
+            data.warnings.append(f"the categories {listed} have one name, {short(name)}; they stay different classes")
 
 
 def _add_head(name: str, record: Any, images: dict[int, Sample], categories: dict[int, str]) -> None:

@@ -7,40 +7,72 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from framework.errors import InputError
+from framework.errors import InputError, UsageError
 from framework.files import alone_in, sync
 
 log = logging.getLogger("tenfold")
 
 
 @contextlib.contextmanager
-def partial_folder(out: Path, *, keep: str | None = None) -> Iterator[Path]:
+def partial_folder(out: Path, mark: str, *, keep: str | None = None) -> Iterator[Path]:
     """A folder beside `out` to write into; `commit` turns it into `out`, otherwise it is removed at the end.
 
+    mark: name of an empty file in it, which tells whose it is: what a killed attempt left is used, or removed.
     keep: a pattern of files whose presence makes the folder stay when the attempt fails: the next one finds them.
 
     Raises:
-        UsageError: another process is writing it.
+        UsageError: it cannot be made, holds something else, or another process is writing it.
     """
     partial = out.with_name(out.name + ".partial")
+    _make(partial, out)
     with alone_in(partial, "choose another --out"):
+        _refuse_foreign(partial, mark)
+        (partial / mark).touch()
         mine = partial.stat().st_ino
         if not keep:
-            remove(*partial.iterdir())
+            _clear(partial, mark)
         try:
             yield partial
         except (OSError, KeyboardInterrupt, InputError) as error:
-            if keep and any(partial.rglob(keep)):
+            if not keep or not any(partial.rglob(keep)):
+                _discard(partial, mark)
+            elif not isinstance(error, InputError):  # which tells of it
                 log.info("what is finished stays in %s; the same command goes on with it", partial)
-            else:
-                remove(partial)
             raise error
         except BaseException:
-            remove(partial)
+            _discard(partial, mark)
             raise
         with contextlib.suppress(FileNotFoundError):  # renamed; there may be another process's by now
             if partial.stat().st_ino == mine:
-                remove(partial)
+                _discard(partial, mark)
+        remove(out / mark)  # not before it is renamed: a kill in between would leave a folder that is refused
+
+
+def _make(partial: Path, out: Path) -> None:
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: {partial} cannot be made ({error.strerror}); choose another --out") from error
+
+
+def _refuse_foreign(partial: Path, mark: str) -> None:
+    found = sorted(path.name for path in partial.iterdir())
+    if found and mark not in found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UsageError(
+            f"{partial}: exists with {found[0]!r}{more}, and without the file {mark} that this command leaves in a "
+            "folder of its own; move or remove it, or choose another --out"
+        )
+
+
+def _clear(partial: Path, mark: str) -> None:
+    remove(*(path for path in partial.glob("*") if path.name != mark))
+
+
+def _discard(partial: Path, mark: str) -> None:
+    """The mark goes last: removing may be killed too."""
+    _clear(partial, mark)
+    remove(partial)
 
 
 def commit(partial: Path, out: Path, *, without: Iterable[Path] = ()) -> None:

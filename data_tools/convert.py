@@ -2,9 +2,10 @@
 
     annotations -> checked samples -> each image: read, checked -> shards -> commit
 
-All faults of annotations and images are told at once, and then nothing is written. A folder appears under its
-name when everything in it is on the disk; before, it is `<name>.partial`, where a conversion that was killed goes on.
-The same input gives the same bytes, whatever the number of workers and however often it was killed.
+All faults of annotations and images are told at once, and then no set is made. A folder appears under its name when
+everything in it is on the disk; before, it is `<name>.partial`, where a conversion that was killed, or found faults,
+goes on with its finished shards. The same input gives the same bytes, whatever the number of workers and however often
+it was killed.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from data_tools.classes import read_names
 from data_tools.coco import read_coco
 from data_tools.commit import commit, is_free, partial_folder, remove
 from data_tools.pack import NOTE, jobs_of, pack_all
-from data_tools.sample import INDEX, MANIFEST, SPLITS, Manifest, read_manifest
+from data_tools.sample import INDEX, MANIFEST, SPLITS, Category, Manifest, read_manifest
 from data_tools.shards import WrittenShard, write_manifest
 from data_tools.voc import read_voc
 from data_tools.yolo import read_yolo
@@ -41,6 +42,7 @@ EXAMPLE = """examples:
       --classes fish/data.yaml --out shards/fish/val
 
 coco: with a folder of annotations its instances_train.json and instances_val.json become OUT/train and OUT/val.
+Categories of one name stay classes of their own, which is told.
 
 voc: a folder of XML files, one an image, which is found by its <filename>, or else by the name of the XML file.
 Pixels count from 1 and the last is inside, as in the VOC devkit: x1 y1 x2 y2 = xmin - 1, ymin - 1, xmax, ymax. Boxes
@@ -57,6 +59,7 @@ voc and yolo: image ids are 1, 2, ... by file name. Train and val are converted 
 
 MIB = 2**20
 SHOWN_FAULTS, SHOWN_CLASSES = 20, 12
+MARK = ".data_tools.convert"  # tells whose an unfinished folder is
 SIZE_LIMITS_PX = {"small": 32, "medium": 96, "large": float("inf")}  # COCO's, of sqrt(area)
 
 
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     refuse_other_classes(sets)
     faults = [fault for data in sets.values() for fault in data.faults]
     total = sum(len(data.samples) for data in sets.values())
-    with partial_folder(out, keep=f"*{NOTE}") as folder, progress(total, description="convert") as bar:
+    with partial_folder(out, MARK, keep=f"*{NOTE}") as folder, progress(total, description="convert") as bar:
         jobs = {name: jobs_of(folder / name, data.samples, args.images, shard_bytes=args.shard_mib * MIB,
                               verify=args.verify == "decode", reencode=args.reencode, write=not faults)
                 for name, data in sets.items()}  # fmt: skip
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             data.repairs.update(sum((one.repairs for one in results), Counter()))
             if not faults:
                 reports[name] = finish_set(folder / name, data, [one.written for one in results if one.written])
-        refuse(faults)
+        refuse(faults, left_in(folder))
         manifests = {name: read_manifest(folder / name) for name in sets}
         if is_free(out):
             commit(folder, out, without=list(folder.rglob(f"*{NOTE}")))
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.convert",
-        description="Turn a data set into shards for training; checks all of it, writes all of it or nothing.",
+        description="Turn a data set into shards for training; checks all of it, makes all of it or no set.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -207,23 +210,31 @@ def refuse_other_classes(sets: dict[str, DataSet]) -> None:
             )
 
 
-def refuse(faults: list[str]) -> None:
-    """Raises InputError that lists the faults, if there are any."""
+def left_in(folder: Path) -> str:
+    """What becomes of an attempt with faults."""
+    finished = sum(1 for _ in folder.rglob(f"*{NOTE}"))
+    if not finished:
+        return "nothing was written"
+    return f"no set was made; {finished} finished shard(s) are kept in {folder} for the next try, or to be removed"
+
+
+def refuse(faults: list[str], left: str = "nothing was written") -> None:
+    """Raises InputError that lists the faults, if there are any, and tells what is left of the attempt."""
     if len(faults) == 1:
-        raise InputError(f"{faults[0]} (nothing was written)")
+        raise InputError(f"{faults[0]} ({left})")
     if faults:
         shown = faults[:SHOWN_FAULTS]
         more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        raise InputError("\n  ".join([f"{len(faults)} faults, nothing was written:", *shown, *more]))
+        raise InputError("\n  ".join([f"{len(faults)} faults, {left}:", *shown, *more]))
 
 
 def finish_set(folder: Path, data: DataSet, written: list[WrittenShard]) -> dict[str, Any]:
-    """Make a set of its shards; what else lies there, but notes of shards, is removed: remains of earlier attempts.
-    Returns the report."""
+    """Make a set of its shards; what else lies there, but notes of shards and the mark, is removed: remains of
+    earlier attempts. Returns the report."""
     manifest = write_manifest(folder, written, data.classes, data.repairs)
     told = report(data)
     write_json(folder / "report.json", told)
-    expected = {MANIFEST, INDEX, "report.json", *(shard.name for shard in manifest.shards)}
+    expected = {MARK, MANIFEST, INDEX, "report.json", *(shard.name for shard in manifest.shards)}
     remove(*(path for path in folder.iterdir() if path.name not in expected and not path.name.endswith(NOTE)))
     return told
 
@@ -246,15 +257,22 @@ def report(data: DataSet) -> dict[str, Any]:
         "images_without_boxes": without_boxes,
         "boxes": len(sizes),
         "crowds": crowds,
-        "boxes_by_class": {one.name: labels[label] for label, one in enumerate(data.classes)},
+        "boxes_by_class": {name: labels[label] for label, name in enumerate(unlike_names(data.classes))},
         "boxes_by_size": {name: int((bins == n).sum()) for n, name in enumerate(SIZE_LIMITS_PX)},
         "repairs": dict(sorted(data.repairs.items())),
         "dropped": data.dropped,
+        "warnings": data.warnings,
     }
 
 
+def unlike_names(classes: list[Category]) -> list[str]:
+    """Of each class; with its id where others have the same."""
+    counts = Counter(one.name for one in classes)
+    return [one.name if counts[one.name] == 1 else f"{one.name} (id {one.category_id})" for one in classes]
+
+
 def summary(manifest: Manifest, report: dict[str, Any], folder: Path) -> list[str]:
-    """The report for a reader, and what was dropped."""
+    """The report for a reader, what was dropped, and warnings."""
     mib = sum(shard.bytes for shard in manifest.shards) / MIB
     most = Counter(report["boxes_by_class"]).most_common(SHOWN_CLASSES)
     more = len(manifest.classes) - len(most)
@@ -266,6 +284,7 @@ def summary(manifest: Manifest, report: dict[str, Any], folder: Path) -> list[st
         f"  sizes: {', '.join(sizes)} (COCO's: area under 32^2, under 96^2 px, larger)",
         f"  repairs: {_listed(report['repairs'].items()) or 'none'}",
         *(f"  dropped: {line}" for line in report["dropped"]),
+        *(f"  warning: {line}" for line in report["warnings"]),
     ]
 
 

@@ -43,6 +43,8 @@ LEAST_VISIBLE = 0.4  # of each object
 NEAR = 0.75  # share of the places that are sought beside an earlier object
 COVERED = 0.05  # the hidden part from which an object counts as covered
 
+MARK = ".data_tools.synth"  # tells whose an unfinished folder is
+
 Array = np.ndarray
 Field = Callable[[Array, Array], Array]
 
@@ -180,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         refuse_other_set(out, arguments)
         print(f"{args.out}: already there, drawn with the same arguments")
         return 0
-    with partial_folder(out) as folder, progress(args.images + args.val, description="draw") as bar:
+    with partial_folder(out, MARK) as folder, progress(args.images + args.val, description="draw") as bar:
         (folder / "images").mkdir()
         (folder / "annotations").mkdir()
         shares = {}

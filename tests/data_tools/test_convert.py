@@ -142,6 +142,18 @@ def test_bad_boxes_are_dropped_when_asked_for(source, tmp_path, capsys):
     assert len(report["dropped"]) == capsys.readouterr().out.count("dropped: ") == len(BAD_BOXES)
 
 
+def test_two_categories_of_one_name_are_told(tmp_path, capsys):
+    twice = coco()
+    twice["categories"] += [{"id": 1, "name": "disc"}, {"id": 55, "name": "disc"}]
+    twice["annotations"][0]["category_id"] = 1
+    out = converted(write_set(tmp_path / "source", twice), tmp_path)
+    warning = "the categories 1 and 55 have one name, 'disc'; they stay different classes"
+    report = json.loads((out / "report.json").read_text())
+    assert report["warnings"] == [warning] and f"\n  warning: {warning}\n" in capsys.readouterr().out
+    assert report["boxes_by_class"] == {"disc (id 1)": 1, "fish": 2, "starfish": 0, "disc (id 55)": 0, "stingray": 1}
+    assert len(read_manifest(out).classes) == 5
+
+
 # What is refused: exit code 1, a line for each fault, nothing written.
 
 BAD_BOXES = [[50, 1, 5, 5], [1, 1, 0, 5], [9, 9, -4, 5], [1, float("nan"), 4, 4], [1, 1, float("inf"), 4]]
@@ -311,6 +323,7 @@ def test_a_folder_without_val_is_refused(source, tmp_path):
 def test_a_finished_set_is_left_alone(source, tmp_path, capsys):
     out = converted(source, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / convert.MARK).touch()  # as when it was killed at the very end
     assert convert.main(arguments(source, out)) == 0
     assert "already there with the same content" in capsys.readouterr().out
     write_set(source, edited("annotations", 0, bbox=[1, 2, 3, 4]))
@@ -325,6 +338,21 @@ def test_a_folder_of_something_else_is_refused(source, tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="is not a finished shard set; remove it or choose another --out"):
         convert.main(arguments(source, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["instances.json", "annotations"])
+def test_remains_of_something_else_are_refused(name, source, tmp_path):
+    both(source, coco())
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"out\.partial: exists with 'thesis\.txt', and without the file .*move or"):
+        convert.main(arguments(source, tmp_path / "out", name=name))
+    assert content(tmp_path / "out.partial") == {"thesis.txt": b"mine"} and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(source, tmp_path):
+    with pytest.raises(UsageError, match=r"--out /proc/set: /proc/set.partial cannot be made .*choose another --out"):
+        convert.main(arguments(source, "/proc/set"))
 
 
 def killed_in(module, name, call, *arguments):
@@ -351,7 +379,7 @@ def killed_in(module, name, call, *arguments):
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [(pack, "read_image", 2), (pack, "_write_note", 2), (pack, "_write_note", 3), (shards, "sync", 2),
-     (convert, "write_manifest", 1), (convert, "remove", 1), (convert, "commit", 1)],
+     (convert, "write_manifest", 1), (convert, "remove", 1), (convert, "commit", 1), (os, "rename", 1)],
 )  # fmt: skip
 def test_a_killed_conversion_goes_on(module, name, call, source, tmp_path, monkeypatch):
     """Nothing that passes for a set is there before, and the bytes are the undisturbed ones after."""
@@ -363,7 +391,7 @@ def test_a_killed_conversion_goes_on(module, name, call, source, tmp_path, monke
     assert (tmp_path / "out.partial").is_dir()
     (tmp_path / "out.partial" / "old.tmp").write_text("left by something else")
     finished = {path.name for path in (tmp_path / "out.partial").glob("*.note.json")}
-    assert len(finished) == {"read_image": 1, "_write_note": call - 1, "sync": 1}.get(name, 4)
+    assert len(finished) == {"read_image": 1, "_write_note": call - 1, "sync": 1, "rename": 0}.get(name, 4)
     written = []
     write = pack.write_shard
     monkeypatch.setattr(pack, "write_shard", lambda *args: written.append(args[1]) or write(*args))
@@ -401,8 +429,11 @@ def test_workers_change_no_byte(workers, source, tmp_path, monkeypatch, capsys):
     assert read_manifest(tmp_path / "many").repairs == {"greyscale JPEG to be read as RGB": 1}
     for n in (0, 3):
         (source / "images" / f"photo.{n}.jpg").write_bytes(b"no image")
-    with pytest.raises(InputError, match="2 faults, nothing was written") as error:
+    capsys.readouterr()
+    kept = rf"no set was made; 2 finished shard\(s\) are kept in {tmp_path / 'bad.partial'} for the next try"
+    with pytest.raises(InputError, match=f"2 faults, {kept}") as error:
         convert.main(arguments(source, tmp_path / "bad", "--shard-mib", "1", "--workers", str(workers)))
+    assert "stays in" not in capsys.readouterr().err  # it is told once
     assert str(error.value).index("photo.0.jpg") < str(error.value).index("photo.3.jpg")
     assert not (tmp_path / "bad").exists() and len(list((tmp_path / "bad.partial").glob("*.note.json"))) == 2
     for n in (0, 3):
@@ -481,7 +512,7 @@ def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
 
 
 def test_two_conversions_do_not_share_a_folder(source, tmp_path):
-    with partial_folder(tmp_path / "out") as folder:
+    with partial_folder(tmp_path / "out", convert.MARK) as folder:
         with pytest.raises(UsageError, match="another process is writing it"):
             convert.main(arguments(source, tmp_path / "out"))
         assert folder.is_dir()

@@ -1,6 +1,7 @@
 """Drawn sets are what the description promises, measured on what was drawn, and the same every time."""
 
 import json
+import multiprocessing
 import os
 import signal
 
@@ -130,6 +131,39 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists and is not a drawn set"):
         draw(tmp_path, "--images", "2")
+
+
+def test_remains_of_something_else_are_refused(tmp_path):
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial" / "thesis.txt").write_text("mine")
+    for name in (".data_tools.convert", None):  # and those of the other command
+        with pytest.raises(UsageError, match=r"set\.partial: exists with .*without the file \.data_tools\.synth that"):
+            draw(tmp_path / "set", "--images", "2")
+        assert content(tmp_path)["set.partial/thesis.txt"] == b"mine"
+        if name:
+            (tmp_path / "set.partial" / name).touch()
+
+
+def test_a_killed_drawing_is_drawn_again(tmp_path):
+    def drawing():
+        synth.composition = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        draw(tmp_path / "set", "--images", "2")
+
+    process = multiprocessing.get_context("fork").Process(target=drawing)
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    assert {path.name for path in (tmp_path / "set.partial").iterdir()} == {"images", "annotations", synth.MARK}
+    draw(tmp_path / "set", "--images", "2")
+    assert {path.name for path in tmp_path.iterdir()} == {"set"}
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {"images", "annotations", "report.json"}
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "set", "/proc/set"):
+        with pytest.raises(UsageError, match=f"--out {out}: .* cannot be made .*choose another --out"):
+            draw(out, "--images", "2")
 
 
 def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
