@@ -8,6 +8,7 @@ pycocotools.
 Writes docs/results/evaluation.{json,md}.
 """
 
+import argparse
 import os
 import statistics
 import time
@@ -27,6 +28,7 @@ IMAGES, DETECTIONS, BOXES, CLASSES, WORLD, TURNS = 5000, 100, 36_000, 80, 2, 3
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     runs = run_ranks(WORLD, evaluate_drawn)
     parts = {part: statistics.median(max(one[i][part] for one in runs) for i in range(TURNS)) for part in runs[0][0]}
     others = sum(parts.values()) - parts["hotcoco"] - parts["pycocotools"]

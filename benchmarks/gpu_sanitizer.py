@@ -6,6 +6,7 @@ On small tests of tests/ops/test_cuda.py: queries that are pixels, by pixels and
 backward. The sanitizer makes a kernel many times slower. Exit code 1 where it reports anything.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ TESTS = "boxes and (a_query_for_each_pixel and 8 or deterministic_backward and 3
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sanitizer = shutil.which("compute-sanitizer")
     if not sanitizer:
         raise UsageError("compute-sanitizer, of a CUDA toolkit, is not on the PATH")

@@ -7,6 +7,7 @@ store answers that ranks meet at; and, from framework.plan, the traffic of a ste
 Writes docs/results/scale.{json,md}.
 """
 
+import argparse
 import contextlib
 import datetime
 import io
@@ -35,6 +36,7 @@ MEETING = {"every rank": 9, "rank 0, for each rank": 2}  # operations of Preflig
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = start_of_a_rank()
     answers = store_answers_per_s()
     rows = [row_of(world, started, answers) for world in WORLDS]

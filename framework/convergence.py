@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from framework.errors import InputError, UsageError, command
+from framework.files import refuse_file_at
 from framework.tracking.charts import draw_curves, draw_published, draw_sizes
 from framework.tracking.console import setup_logging, write_json
 from framework.tracking.curves import Curve, read_curve
@@ -96,6 +97,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.tag, args.epoch_tag = args.tag or ["val/AP"], args.epoch_tag or ["epoch"]
     if bool(args.method) != bool(args.schedules):
         raise UsageError("--method, --schedules: expected both or neither")
+    refuse_file_at("--out", args.out)
     return args
 
 

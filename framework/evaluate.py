@@ -3,13 +3,14 @@
 import argparse
 from typing import Any
 
-from framework.data.loader import EvalLoader, dead_workers_told, manifest_of
+from framework.data.loader import EvalLoader, dead_workers_told, manifest_of, refuse_no_set
 from framework.engine.ds_config import autocast
 from framework.engine.ranks import init_ranks
 from framework.errors import UsageError, command
 from framework.evaluation.coco import coco_metrics, evaluate, report, table
 from framework.evaluation.detections import from_rows
 from framework.evaluation.files import read_detections, read_ground_truth
+from framework.files import refuse_folder_at
 from framework.processes import keep_freed_memory
 from framework.tracking.console import progress, publish, setup_logging
 from framework.trained import Trained, add_arguments, load_trained
@@ -44,10 +45,13 @@ def of_files(args: argparse.Namespace) -> tuple[dict[str, float], int | None, di
 def of_model(args: argparse.Namespace) -> tuple[dict[str, float], int | None, dict[str, Any]]:
     """Collective: under a launcher every rank takes its share of the images."""
     overrides = args.overrides + ([f"eval.image_side={args.image_side}"] if args.image_side else [])
+    if args.data is not None:
+        refuse_no_set("--data", args.data)
     trained = load_trained(args, overrides, args.data)
     config, data = trained.config, args.data or trained.config.data.val
     if data is None:
         raise UsageError("--data: expected a shard folder, since the configuration's data.val names none")
+    refuse_no_set("data.val", data)
     refuse_other_classes(trained, [c.name for c in manifest_of(data, config.data).classes], data)
     ranks = init_ranks()
     logger = setup_logging(None, ranks.is_main)
@@ -107,6 +111,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError("expected either a model (--run, --weights) or --detections with --annotations, not both")
     if args.image_side is not None and args.image_side < 1:
         raise UsageError(f"--image-side {args.image_side}: expected pixels, at least 1")
+    if args.out is not None:
+        refuse_folder_at("--out", args.out)
     return args
 
 

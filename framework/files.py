@@ -15,7 +15,7 @@ try:
 except ImportError:
     from zlib import crc32
 
-__all__ = ["alone_in", "by_numbers", "crc32", "sha256_of", "sync"]
+__all__ = ["alone_in", "by_numbers", "crc32", "refuse_file_at", "refuse_folder_at", "sha256_of", "sync"]
 
 
 def sha256_of(path: Path) -> str:
@@ -54,6 +54,20 @@ def alone_in(folder: Path, advice: str) -> Iterator[None]:
                 if os.fstat(descriptor).st_ino == folder.stat().st_ino:  # not renamed or removed before it was locked
                     yield
                     return
+
+
+def refuse_file_at(name: str, folder: str | Path) -> None:
+    """Raises UsageError, naming the flag or key, where a file is in the place of the folder or of one above it."""
+    for path in (Path(folder), *Path(folder).parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{name}: {path} is a file; expected a folder")
+
+
+def refuse_folder_at(name: str, file: str | Path) -> None:
+    """Raises UsageError, naming the flag or key, where a folder is in the place of the file, or a file above it."""
+    if Path(file).is_dir():
+        raise UsageError(f"{name}: {file} is a folder; expected the name of a file")
+    refuse_file_at(name, Path(file).parent)
 
 
 def by_numbers(name: str) -> list[tuple[int, str]]:

@@ -28,6 +28,7 @@ from framework.engine.ds_config import deepspeed_config
 from framework.engine.graphs import GRAIN
 from framework.engine.optimizer import learning_rates
 from framework.errors import FAILED, UsageError, command
+from framework.files import refuse_folder_at
 from framework.models.build import build_detector
 from framework.tracking.console import progress, publish, setup_logging
 from framework.tracking.plan_text import (
@@ -324,6 +325,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise UsageError(f"--{flag.replace('_', '-')} {value:g}: expected at least 1")
     if args.size and min(args.size) < 32:
         raise UsageError(f"--size {args.size[0]} {args.size[1]}: expected sides of at least 32 px")
+    if args.out is not None:
+        refuse_folder_at("--out", args.out)
     if args.gpu_gib is not None and not args.gpu_gib > 0:
         raise UsageError(f"--gpu-gib {args.gpu_gib:g}: expected above 0")
     if args.backbone_parameters is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from framework.engine.ds_config import autocast
 from framework.errors import FAILED, InputError, UsageError, command
 from framework.evaluation.attention import look_inside
 from framework.evaluation.detections import category_ids, to_coco, to_rows, top_detections
+from framework.files import refuse_file_at
 from framework.models.build import ModelConfig
 from framework.processes import keep_freed_memory
 from framework.tracking.attention import draw_attention
@@ -21,12 +23,14 @@ from framework.tracking.console import progress, setup_logging, write_json
 from framework.tracking.pictures import draw_coco
 from framework.trained import Trained, add_arguments, load_trained
 
+DETECTIONS = "detections.json"
+PICTURE = re.compile(r"\d{5,}_.+\.png")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 EXAMPLE = """examples:
   python -m framework.predict --run runs/quickstart photo.jpg --out predictions
   python -m framework.predict --weights r50_deformable_detr.pth --config configs/coco_r50_deformable.yaml \\
-      photos/ --out predictions --score 0.5
-  python -m framework.predict --run runs/quickstart photo.jpg --out predictions --attention --query 12 --layer 1
+      photos/ --out predictions-photos --score 0.5
+  python -m framework.predict --run runs/quickstart photo.jpg --out predictions-12 --attention --query 12 --layer 1
 
 DIR/detections.json is in COCO's result format plus file_name and query; image_id is the place among the images
 given, from 0. Beside it stands DIR/<image_id>_<name>.png for each image, and with --attention
@@ -65,9 +69,19 @@ def main(argv: list[str] | None = None) -> int:
                     draw_looks(trained, image, args, picture)
                 detections += [one | {"file_name": str(path)} for one in found]
             bar.update()
-    write_json(out / "detections.json", detections, indent=None)
+    write_json(out / DETECTIONS, detections, indent=None)
     logger.info("%d boxes in %d of %d images: %s", len(detections), len(paths) - faults, len(paths), out)
     return FAILED if faults else 0
+
+
+def refuse_used(out: Path) -> None:
+    """Raises UsageError where an earlier call's results are: its pictures, whose ids begin at 0 too, would pass for
+    this one's."""
+    found = sorted(path.name for path in out.glob("*") if path.name == DETECTIONS or PICTURE.fullmatch(path.name))
+    if found:
+        raise UsageError(f"--out: {out} holds results of an earlier call ({', '.join(found[:3])}"
+                         f"{', ...' * (len(found) > 3)}); remove {DETECTIONS} and the pictures beside it, or choose "
+                         "another folder")  # fmt: skip
 
 
 def find_images(names: list[str]) -> list[Path]:
@@ -141,7 +155,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for detections.json and the pictures")
+    parser.add_argument(
+        "--out", metavar="DIR", required=True,
+        help="folder for detections.json and the pictures; one that holds those of an earlier call is refused",
+    )  # fmt: skip
     parser.add_argument("--score", type=float, default=0.3, help="least score of a box (default: %(default)s)")
     parser.add_argument("--top", type=int, default=100, metavar="N", help="most boxes of an image (%(default)s)")
     looks = parser.add_argument_group("what the detector looks at")
@@ -167,8 +184,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"--score {args.score}: expected 0 to 1")
     if args.top < 1:
         raise UsageError(f"--top {args.top}: expected at least 1")
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise UsageError(f"--out {args.out}: a file; expected a folder")
+    refuse_file_at("--out", args.out)
+    refuse_used(Path(args.out))
     return args
 
 

@@ -17,7 +17,7 @@ import torch
 
 from framework import config as configuration
 from framework.config import Config, TrainConfig
-from framework.data.loader import EvalLoader, TrainLoader, dead_workers_told
+from framework.data.loader import EvalLoader, TrainLoader, dead_workers_told, refuse_no_set
 from framework.data.order import DataState
 from framework.engine import checkpoint
 from framework.engine.checkpoint import Checkpoints
@@ -39,6 +39,7 @@ from framework.engine.ranks import Ranks, init_ranks, numbers
 from framework.engine.rehearsal import rehearse
 from framework.engine.step import train_step
 from framework.errors import InputError, UsageError, command
+from framework.files import refuse_file_at
 from framework.losses.criterion import Criterion
 from framework.models.build import build_detector
 from framework.models.detector import Detector
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: Config, ranks: Ranks, lifecycle: Lifecycle) -> int:
     """The story of a run; returns its exit code."""
     run_dir = str(config.train.run_dir)
+    ranks.from_main(partial(refuse_file_at, "train.run_dir", run_dir))
     train_set, val_set = open_data(config, ranks)
     val_fingerprint = None if val_set is None else val_set.manifest.fingerprint
     ranks.refuse_different({"data.train": train_set.manifest.fingerprint, "data.val": val_fingerprint})
@@ -233,6 +235,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def open_data(config: Config, ranks: Ranks) -> tuple[TrainLoader, EvalLoader | None]:
     if config.data.train is None:
         raise UsageError("data.train: found null, expected a folder of shards (python -m data_tools.convert makes one)")
+    refuse_no_set("data.train", config.data.train)
     train_set = TrainLoader(
         config.data, seed=config.train.seed, global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch, rank=ranks.rank, world=ranks.world,
@@ -241,6 +244,7 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TrainLoader, EvalLoader | N
         return train_set, None
     if config.data.val is None:
         raise UsageError("data.val, eval.every: found null and an evaluation to do; set data.val or eval.every=0")
+    refuse_no_set("data.val", config.data.val)
     val_set = EvalLoader(
         config.data.val, config.data, batch_size=config.eval.batch, rank=ranks.rank, world=ranks.world
     )  # fmt: skip

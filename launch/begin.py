@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from data_tools.sample import read_manifest  # noqa: E402
 from framework import config as configuration  # noqa: E402
 from framework.config import Config  # noqa: E402
+from framework.data.loader import refuse_no_set  # noqa: E402
 from framework.data.remote import is_remote  # noqa: E402
 from framework.errors import InputError, command  # noqa: E402
 from framework.tracking.run_folder import commit_of  # noqa: E402
@@ -69,6 +70,7 @@ def shards(config: Config) -> Iterator[tuple[str, str, str]]:
     """Key, folder, and a name that no other set has, of those that are in folders."""
     for key, where in (("data.train", config.data.train), ("data.val", config.data.val if config.eval.every else None)):
         if where and not is_remote(where):
+            refuse_no_set(key, where)
             yield key, where, f"{read_manifest(where).fingerprint[:16]}-{Path(where).name}"
 
 

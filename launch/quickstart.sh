@@ -71,6 +71,7 @@ images = json.loads((folder / "annotations/instances_val.json").read_text())["im
 print(*(folder / "images" / image["file_name"] for image in images[:6]), sep="\n")
 PY
 )
+rm -f "$run"/predictions/detections.json "$run"/predictions/[0-9][0-9][0-9][0-9][0-9]_*.png  # of an earlier quickstart
 "$python" -m framework.predict --run "$run" "${pictures[@]}" --out "$run/predictions"
 
 cat <<EOF

@@ -301,3 +301,7 @@ def test_misuse(runs, tmp_path):
         convergence.main([str(runs / "fast-seed1"), *out, "--method", "fast"])
     with pytest.raises(UsageError, match="--baseline detr: expected one of fast"):
         convergence.main([str(runs / "fast-seed1"), *out, "--baseline", "detr"])
+    (tmp_path / "file").touch()
+    for name in ("file", "file/out"):
+        with pytest.raises(UsageError, match="^--out: .*/file is a file; expected a folder"):
+            convergence.main([str(runs / "fast-seed1"), "--out", str(tmp_path / name)])

@@ -141,6 +141,9 @@ def test_detections_of_cocoapi(capsys):
     (["--run", "nowhere"], "--run nowhere: no config.yaml"),
     (["--weights", str(REPOSITORY), "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
     (["--weights", "w", "--config", "nowhere.yaml"], "--weights w: no such file; expected a .pth"),
+    (["--run", "r", "--out", str(REPOSITORY)], f"^--out: {REPOSITORY} is a folder; expected the name of a file"),
+    (["--detections", "d", "--annotations", "a", "--out", f"{__file__}/new/x"], "^--out: .*_evaluate.py is a file; "
+                                                                                "expected a folder"),
 ])  # fmt: skip
 def test_misuse(arguments, message, monkeypatch):
     alone(monkeypatch)
@@ -158,6 +161,16 @@ def test_a_run_without_a_checkpoint(tmp_path):
 def test_a_run_without_validation_data(run_folder):
     with pytest.raises(UsageError, match="--data: expected a shard folder"):
         evaluate.main(["--run", str(run_folder)])
+
+
+def test_data_that_is_no_shard_set_is_named(run_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for data, found in ("nowhere", "is not there"), ("empty", "has no manifest.json"):
+        folder = tmp_path / data
+        message = f"{folder} {found}; expected a finished shard set: make one with 'python -m data_tools.convert'"
+        for name, said in (["--data", str(folder)], "--data"), ([f"data.val={folder}"], "data.val"):
+            with pytest.raises(UsageError, match=f"^{said}: {message}$"):
+                evaluate.main(["--run", str(run_folder), *name])
 
 
 def test_other_classes_are_refused(run_folder, shards, tmp_path, monkeypatch):

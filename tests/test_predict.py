@@ -24,9 +24,9 @@ def model(monkeypatch):
     monkeypatch.setattr(predict, "load_trained", lambda args, overrides: trained)
 
 
-def run(tmp_path, *arguments):
-    code = predict.main([*map(str, arguments), "--run", "unused", "--out", str(tmp_path / "out")])
-    return code, json.loads((tmp_path / "out" / "detections.json").read_text())
+def run(tmp_path, *arguments, out="out"):
+    code = predict.main([*map(str, arguments), "--run", "unused", "--out", str(tmp_path / out)])
+    return code, json.loads((tmp_path / out / "detections.json").read_text())
 
 
 def test_boxes_are_in_the_pixels_of_the_file(model, tmp_path):
@@ -49,13 +49,11 @@ def test_boxes_are_in_the_pixels_of_the_file(model, tmp_path):
 
 def test_score_and_top_keep_the_best(model, tmp_path):
     painted((100, 100), (10, 10, 40, 40), (60, 60, 90, 90)).save(tmp_path / "a.png")
-    assert [one["category_id"] for one in run(tmp_path, tmp_path / "a.png", "--score", "0.6")[1]] == [3]
-    assert [one["category_id"] for one in run(tmp_path, tmp_path / "a.png", "--score", "0", "--top", "3")[1]] == [
-        3,
-        7,
-        7,
-    ]
-    assert run(tmp_path, tmp_path / "a.png", "--score", "1")[1] == []
+    for out, (arguments, found) in enumerate([
+        (["--score", "0.6"], [3]), (["--score", "0", "--top", "3"], [3, 7, 7]), (["--score", "1"], []),
+    ]):  # fmt: skip
+        rows = run(tmp_path, tmp_path / "a.png", *arguments, out=str(out))[1]
+        assert [one["category_id"] for one in rows] == found
 
 
 def test_a_folder_gives_its_images_in_order(model, tmp_path):
@@ -141,8 +139,8 @@ def test_attention_of_chosen_queries_in_a_chosen_layer(tmp_path, monkeypatch):
     assert run(tmp_path, *both, "--score", "1")[1] == []  # chosen ones need no score
     assert pictures(tmp_path) == ["00000_a.png", "00000_a_query0.png", "00000_a_query5.png"]
     last = Image.open(tmp_path / "out" / "00000_a_query5.png")
-    run(tmp_path, *both, "--layer", "2")
-    again = Image.open(tmp_path / "out" / "00000_a_query5.png")
+    run(tmp_path, *both, "--layer", "2", out="again")
+    again = Image.open(tmp_path / "again" / "00000_a_query5.png")
     assert again.height < 0.6 * last.height  # the encoder has one layer: no row of it
 
 
@@ -172,5 +170,27 @@ def test_misuse_of_attention(tmp_path, monkeypatch, arguments, message):
 
 def test_out_must_be_a_folder(model, tmp_path):
     (tmp_path / "out").touch()
-    with pytest.raises(UsageError, match="out: a file; expected a folder"):
+    with pytest.raises(UsageError, match="^--out: .*/out is a file; expected a folder"):
         predict.main(["a.png", "--run", "unused", "--out", str(tmp_path / "out")])
+
+
+def test_results_of_an_earlier_call_are_refused_and_stay(model, tmp_path):
+    for name in ("a.png", "b.png"):
+        painted((50, 50), red=(5, 5, 30, 30)).save(tmp_path / name)
+    (tmp_path / "out").mkdir()
+    for name in ("notes.txt", "2024_holiday.png"):
+        (tmp_path / "out" / name).touch()
+    run(tmp_path, tmp_path / "a.png")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UsageError) as error:
+        run(tmp_path, tmp_path / "b.png")
+    assert str(error.value) == (
+        f"--out: {tmp_path / 'out'} holds results of an earlier call (00000_a.png, detections.json); remove "
+        "detections.json and the pictures beside it, or choose another folder"
+    )
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    (tmp_path / "out" / "detections.json").unlink()  # of a call that was killed there are pictures alone
+    with pytest.raises(UsageError, match=r"earlier call \(00000_a.png\)"):
+        run(tmp_path, tmp_path / "b.png")
+    (tmp_path / "out" / "00000_a.png").unlink()
+    assert run(tmp_path, tmp_path / "b.png")[0] == 0

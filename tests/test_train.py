@@ -17,7 +17,7 @@ from framework import evaluate, train
 from framework.config import TrainConfig
 from framework.engine import checkpoint
 from framework.engine.lifecycle import SAVED
-from framework.errors import InputError, UsageError
+from framework.errors import MISUSED, InputError, UsageError
 from framework.evaluation.coco import METRICS
 from framework.files import sha256_of
 from framework.models.backbone import FrozenBatchNorm2d, ResNet
@@ -64,9 +64,9 @@ def whole(data, tmp_path_factory):
     return run
 
 
-def start_ranks(data: Path, run: Path) -> list[subprocess.Popen[str]]:
+def start_ranks(data: Path, run: Path, *overrides: str) -> list[subprocess.Popen[str]]:
     """Two processes without the launcher, which costs two more."""
-    command = [sys.executable, "-m", "framework.train", *arguments(data, run)]
+    command = [sys.executable, "-m", "framework.train", *arguments(data, run, *overrides)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
                                 "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}  # fmt: skip
     return [
@@ -157,6 +157,11 @@ def content_of(folder: Path) -> dict[str, bytes]:
         (["train.resume=false"], "train.resume, train.run_dir: found false"),
         (["data.train={other}"], "data.train: {other} has fingerprint"),
         (["data.val=null"], "data.val, eval.every: found null"),
+        (["data.train={data}/nope"], "data.train: {data}/nope is not there; expected a finished shard set"),
+        (["data.val={data}/nope"], "data.val: {data}/nope is not there; expected a finished shard set"),
+        (["data.train={data}"], "data.train: {data} has no manifest.json; expected a finished shard set"),
+        (["train.run_dir={data}/tiny.yaml"], "train.run_dir: {data}/tiny.yaml is a file; expected a folder"),
+        (["train.run_dir={data}/tiny.yaml/run"], "train.run_dir: {data}/tiny.yaml is a file; expected a folder"),
         (["data.val={other}"], "do not have the same classes"),
         (["train.global_batch=7"], "train.global_batch, train.micro_batch: found 7 and 2"),
         (["model.num_queries=2"], "model.num_queries: found 2, but image 3 of"),
@@ -194,6 +199,17 @@ def test_the_launcher_gives_one_line_and_the_exit_code(data, whole):
     ours = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.returncode == 2 and len(ours) == 1 and "optim.lr: 0.0002 -> 0.1" in ours[0]
     assert "Traceback" not in result.stderr
+
+
+def test_all_ranks_end_alike_where_a_folder_cannot_be_used(data, tmp_path):
+    ranks = start_ranks(data, tmp_path / "run", f"data.val={data}")
+    try:
+        said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [MISUSED, MISUSED], said
+    assert all(f"error: data.val: {data} has no manifest.json" in one for one in said)
 
 
 def test_evaluate_gives_the_number_that_training_recorded(data, whole, capfd):

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from framework.errors import UsageError
+from framework.files import refuse_folder_at
 
 LINE_EVERY_S = 30.0
 
@@ -123,12 +124,16 @@ def progress(total: int, initial: int = 0, description: str = "") -> "tqdm[Any] 
 
 
 def publish(text: str, result: Any, out: str | Path | None) -> None:
-    """A result: text and a line of JSON on stdout, the JSON in `out` too; on quiet ranks nothing."""
+    """A result: text and a line of JSON on stdout, then the JSON in `out` too; on quiet ranks nothing.
+
+    Raises UsageError: `out`, which --out names, is a folder.
+    """
     if not logger.isEnabledFor(logging.INFO):
         return
+    print(text, json.dumps(result), sep="\n", flush=True)  # first: it is there also where `out` cannot be written
     if out is not None:
+        refuse_folder_at("--out", out)
         write_json(out, result)
-    print(text, json.dumps(result), sep="\n", flush=True)
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:

@@ -52,6 +52,33 @@ def test_bash_reads_them(script):
     subprocess.run(["bash", "-n", f"launch/{script}"], cwd=ROOT, check=True)
 
 
+def test_a_second_quickstart_removes_its_first_pictures_alone(tmp_path):
+    """framework.predict would refuse them."""
+    (tmp_path / "launch").mkdir()
+    script = tmp_path / "launch/quickstart.sh"
+    script.write_text((ROOT / "launch/quickstart.sh").read_text())
+    python, seen = tmp_path / "python", tmp_path / "seen"
+    python.write_text(f"""#!/bin/bash
+case "$*" in
+  -) echo 1 8 CPU 1 x ;;
+  *framework.predict*) ls "${{@: -1}}" > '{seen}' ;;
+esac""")
+    python.chmod(0o755)
+    predictions = tmp_path / "runs/quickstart/predictions"
+    predictions.mkdir(parents=True)
+    for name in ("00000_a.png", "detections.json", "mine.png"):
+        (predictions / name).touch()
+    env = {name: value for name, value in os.environ.items() if name not in ("DATA", "ARGS")}
+    subprocess.run(["bash", script], env=env | {"PYTHON": str(python)}, check=True, stdout=subprocess.DEVNULL)
+    assert seen.read_text() == "mine.png\n"
+
+
+def test_shards_that_are_not_there_are_named_before_a_job_keeps_its_configuration(tmp_path):
+    with pytest.raises(UsageError, match="^data.train: .*/nope is not there; expected a finished shard set"):
+        main([str(tmp_path / "job"), *SMALL, f"train.run_dir={tmp_path}/run", f"data.train={tmp_path}/nope"])
+    assert not (tmp_path / "job/config.yaml").exists()
+
+
 def test_what_is_already_set_in_the_environment_stays():
     shown = "source launch/env.sh; echo $NCCL_DEBUG $OMP_NUM_THREADS"
     env = {"PATH": os.environ["PATH"], "NCCL_DEBUG": "INFO", "SLURM_CPUS_PER_TASK": "6"}

@@ -1,6 +1,7 @@
 """Lines and bars: the right one of the two, on the right ranks, in the right places."""
 
 import io
+import json
 import logging
 import sys
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from framework.errors import UsageError
 from framework.tracking import console
-from framework.tracking.console import PlainProgress, TrackingConfig, progress, setup_logging
+from framework.tracking.console import PlainProgress, TrackingConfig, progress, publish, setup_logging
 
 
 class Terminal(io.StringIO):
@@ -79,6 +80,19 @@ def test_a_bar_and_no_lines_on_a_terminal(monkeypatch):
     text = sys.stderr.getvalue()
     assert "2/4" in text and "<" in text  # tqdm's elapsed<left
     assert [part for part in text.split("\r") if "saved" in part and "train" in part] == []  # the line stands alone
+
+
+def test_a_result_that_cannot_be_written_is_told_all_the_same(tmp_path, capsys):
+    setup_logging(None, is_main=True)
+    publish("two", {"n": 2}, tmp_path / "new" / "out.json")
+    assert json.loads((tmp_path / "new" / "out.json").read_text()) == {"n": 2}
+    with pytest.raises(UsageError, match="^--out: .*/new is a folder; expected the name of a file"):
+        publish("three", {"n": 3}, tmp_path / "new")
+    assert capsys.readouterr().out == 'two\n{"n": 2}\nthree\n{"n": 3}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]  # no .tmp
+    setup_logging(None, is_main=False)
+    publish("four", {}, tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_quiet_ranks_draw_no_bar(monkeypatch, capsys):
