@@ -22,6 +22,7 @@ from benchmarks.results import ROOT, write
 from framework import config as configuration
 from framework.models.build import ModelConfig, build_detector
 from ops import MSDeformAttn
+from ops.linear import has_onednn
 
 SIZES_HW = ((800, 1333), (800, 1066))
 PAPER = {  # Zhu et al. 2021, Table 1; single scale is not in it
@@ -71,7 +72,8 @@ def macs(config: ModelConfig, size_hw: tuple[int, int]) -> dict[str, float]:
     for module in model.modules():
         if isinstance(module, MSDeformAttn):
             module.register_forward_hook(lambda m, inputs, _: sampled.append(sampling_macs(m, inputs[0].shape[1])))
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: onednn_flops}) as counter:
+    known = {torch.ops.mkldnn._linear_pointwise: onednn_flops} if has_onednn() else {}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
         model(torch.zeros(1, 3, *size_hw), torch.zeros(1, *size_hw, dtype=torch.bool))
     macs = {name: sum(counts.values()) / 2 for name, counts in counter.get_flop_counts().items()}
     parts = {part: macs.get(f"Detector.{part}", 0.0) for part in ("backbone", "encoder", "queries", "decoder")}

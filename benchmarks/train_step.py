@@ -6,10 +6,10 @@
 Images of 800 x 1066 with 20 boxes each; forward, matching and loss, backward, optimizer; frozen batch norm, random
 weights. `ops`: with the compiled operators; `graphs`, `compiled-graphs`: so, on a GPU, with engine.cuda_graphs, and
 engine.compile_layers. `ops.reference`: the same model in plain torch (TENFOLD_OP=reference: grid_sample, torch's
-dropout); `ops.reference.fp32`: so in float32, beside another --precision. On a CPU these sides keep the memory that
-they free, as the trainer does; others with --keep-freed-memory. More sides, for --sides: `recomputed`, `products-kept`:
-with engine.activation_checkpointing, and engine.keep_products; `engine`, `engine-graphs`, `engine-compiled-graphs`:
-under the trainer's DeepSpeed engine.
+dropout and linear layers); `ops.reference.fp32`: so in float32, beside another --precision. On a CPU these sides keep
+the memory that they free, as the trainer does; others with --keep-freed-memory. More sides, for --sides: `recomputed`,
+`products-kept`: with engine.activation_checkpointing, and engine.keep_products; `engine`, `engine-graphs`,
+`engine-compiled-graphs`: under the trainer's DeepSpeed engine.
 --published, --transformers: other people's code, see benchmarks.rival_detectors, in float32 as published and, with
 another --precision, also in that. Sides take turns, each in a process of its own, and medians are compared. On a GPU
 every part is waited for, which the trainer does not do: `s` is of steps in a row, without, and `GPU busy` the share of
@@ -98,7 +98,15 @@ USUAL = {"cpu": ["ops", "ops.reference"], "cuda": ["compiled-graphs", "graphs", 
 # bias to where products are added, and sums up its gradient: matrices; the operator begins a gradient with zeros.
 KINDS = {
     "backbone": ("conv", "max_pool"),
-    "linear layers": ("aten::addmm", "aten::mm", "aten::bmm", "AddmmBackward", "MmBackward", "_linear_pointwise"),
+    "linear layers": (
+        "aten::addmm",
+        "aten::mm",
+        "aten::bmm",
+        "AddmmBackward",
+        "MmBackward",
+        "_linear_pointwise",
+        "_Product",
+    ),
     "norms": ("layer_norm", "group_norm"),
     "the operator": ("ms_deform_attn",),
 }

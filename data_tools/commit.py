@@ -36,7 +36,7 @@ def partial_folder(out: Path, mark: str, *, keep: str | None = None) -> Iterator
         except (OSError, KeyboardInterrupt, InputError) as error:
             if not keep or not any(partial.rglob(keep)):
                 _discard(partial, mark)
-            elif not isinstance(error, InputError):  # which tells of it
+            elif str(partial) not in str(error):  # which tells of it already
                 log.info("what is finished stays in %s; the same command goes on with it", partial)
             raise error
         except BaseException:

@@ -23,6 +23,10 @@ from framework.errors import InputError
 
 FORMAT = "tenfold-shards-1"
 MANIFEST, INDEX = "manifest.json", "index.npy"
+FINISHED_SET = (
+    "expected a finished shard set: 'python -m data_tools.convert' makes one, 'python -m data_tools.index' of others' "
+    "tar files"
+)
 SPLITS = ("train", "val")  # folders of sets that stand side by side
 
 INDEX_DTYPE = np.dtype(
@@ -136,9 +140,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Raises InputError: no manifest, not a manifest, another format, a name that leaves the folder."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise InputError(
-            f"{folder}: no {MANIFEST}; expected a finished shard set: make one with 'python -m data_tools.convert'"
-        )
+        raise InputError(f"{folder}: no {MANIFEST}; {FINISHED_SET}")
     try:
         raw = json.loads(path.read_bytes())
         if raw["format"] != FORMAT:

@@ -1,4 +1,4 @@
-"""What several parts do with files: name their content, and bring them to the disk."""
+"""What several parts do with files: name their content, bring them to the disk, refuse what is in their place."""
 
 import contextlib
 import fcntl
@@ -50,10 +50,12 @@ def alone_in(folder: Path, advice: str) -> Iterator[None]:
                 raise UsageError(f"{folder}: another process is writing it; wait for it, or {advice}") from error
             except OSError:
                 pass
-            with contextlib.suppress(FileNotFoundError):
-                if os.fstat(descriptor).st_ino == folder.stat().st_ino:  # not renamed or removed before it was locked
-                    yield
-                    return
+            there = False
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed before it was locked
+                there = os.fstat(descriptor).st_ino == folder.stat().st_ino
+            if there:
+                yield
+                return
 
 
 def refuse_file_at(name: str, folder: str | Path) -> None:

@@ -24,7 +24,7 @@ from framework.tracking.pictures import draw_coco
 from framework.trained import Trained, add_arguments, load_trained
 
 DETECTIONS = "detections.json"
-PICTURE = re.compile(r"\d{5,}_.+\.png")
+PICTURE = re.compile(r"\d{5}_.+\.png")  # ids begin at 0
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 EXAMPLE = """examples:
   python -m framework.predict --run runs/quickstart photo.jpg --out predictions
@@ -80,8 +80,8 @@ def refuse_used(out: Path) -> None:
     found = sorted(path.name for path in out.glob("*") if path.name == DETECTIONS or PICTURE.fullmatch(path.name))
     if found:
         raise UsageError(f"--out: {out} holds results of an earlier call ({', '.join(found[:3])}"
-                         f"{', ...' * (len(found) > 3)}); remove {DETECTIONS} and the pictures beside it, or choose "
-                         "another folder")  # fmt: skip
+                         f"{', ...' * (len(found) > 3)}); remove {DETECTIONS} and the pictures NNNNN_*.png beside "
+                         "it, or choose another folder")  # fmt: skip
 
 
 def find_images(names: list[str]) -> list[Path]:

@@ -3,7 +3,8 @@
 On a CPU a kernel of csrc/ does both in one pass over memory, in place, and keeps no mask: an element is kept or not by
 a hash of its index and of a seed that torch's generator gives, and the backward computes it again. (torch's own draws
 one number after the other, on one core.) Elsewhere, in other dtypes than float32 and bfloat16, and with
-TENFOLD_OP=reference torch's dropout is used. Probabilities and scale are those of `torch.nn.functional.dropout`.
+TENFOLD_OP=reference torch's dropout is used. The kernel's probabilities are multiples of 2^-16, and what it keeps is
+scaled by so much that the mean stays.
 """
 
 from enum import IntEnum

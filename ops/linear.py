@@ -17,19 +17,26 @@ MANY_ROWS = 1024  # of a piece
 
 
 class Linear(nn.Linear):
-    """torch's, its results too but for their last bits. In float32, and under autocast in bfloat16, on CPUs with
-    AVX-512 by oneDNN, but for what ZeRO 3 gathers and with TENFOLD_OP=reference."""
+    """torch's, its results too but for their last bits. In float32 and bfloat16 by oneDNN on CPUs with AVX-512, but for
+    what ZeRO 3 gathers, under torch.compile, which has ways of its own, and with TENFOLD_OP=reference."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.is_cpu and chosen.implementation is compiled and has_onednn()):
+        if not x.is_cpu or torch.compiler.is_compiling() or not self._by_onednn(x):
             return super().forward(x)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        fits = dtype in (torch.float32, torch.bfloat16) and {x.dtype, self.weight.dtype} <= {torch.float32, dtype}
-        if not fits or has_torch_function((x,)) or hasattr(self.weight, "ds_id"):
-            return super().forward(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         y_NM: Tensor = _Product.apply(x.to(dtype).reshape(-1, self.in_features), self.weight.to(dtype), bias)
         return y_NM.view(*x.shape[:-1], self.out_features)
+
+    def _by_onednn(self, x: Tensor) -> bool:
+        if chosen.implementation is not compiled or not has_onednn():
+            return False
+        found = {x.dtype, self.weight.dtype}
+        if torch.is_autocast_enabled("cpu"):
+            fits = torch.get_autocast_dtype("cpu") == torch.bfloat16 and found <= {torch.float32, torch.bfloat16}
+        else:
+            fits = found in ({torch.float32}, {torch.bfloat16})
+        return fits and not has_torch_function((x,)) and not hasattr(self.weight, "ds_id")
 
 
 def cast_once(x: Tensor) -> Tensor:

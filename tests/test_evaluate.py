@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from data_tools.sample import Sample
+from data_tools.sample import FINISHED_SET, Sample
 from framework import config as configuration
 from framework import evaluate
 from framework.engine import checkpoint
@@ -167,7 +167,7 @@ def test_data_that_is_no_shard_set_is_named(run_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for data, found in ("nowhere", "is not there"), ("empty", "has no manifest.json"):
         folder = tmp_path / data
-        message = f"{folder} {found}; expected a finished shard set: make one with 'python -m data_tools.convert'"
+        message = f"{folder} {found}; {FINISHED_SET}"
         for name, said in (["--data", str(folder)], "--data"), ([f"data.val={folder}"], "data.val"):
             with pytest.raises(UsageError, match=f"^{said}: {message}$"):
                 evaluate.main(["--run", str(run_folder), *name])

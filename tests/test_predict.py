@@ -178,7 +178,7 @@ def test_results_of_an_earlier_call_are_refused_and_stay(model, tmp_path):
     for name in ("a.png", "b.png"):
         painted((50, 50), red=(5, 5, 30, 30)).save(tmp_path / name)
     (tmp_path / "out").mkdir()
-    for name in ("notes.txt", "2024_holiday.png"):
+    for name in ("notes.txt", "2024_holiday.png", "20240612_143000.png"):
         (tmp_path / "out" / name).touch()
     run(tmp_path, tmp_path / "a.png")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -186,7 +186,7 @@ def test_results_of_an_earlier_call_are_refused_and_stay(model, tmp_path):
         run(tmp_path, tmp_path / "b.png")
     assert str(error.value) == (
         f"--out: {tmp_path / 'out'} holds results of an earlier call (00000_a.png, detections.json); remove "
-        "detections.json and the pictures beside it, or choose another folder"
+        "detections.json and the pictures NNNNN_*.png beside it, or choose another folder"
     )
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     (tmp_path / "out" / "detections.json").unlink()  # of a call that was killed there are pictures alone

@@ -33,7 +33,7 @@ import torch
 from torch.utils.data import get_worker_info
 from webdataset import DataPipeline, WebLoader
 
-from data_tools.sample import MANIFEST, Manifest, Sample, read_manifest
+from data_tools.sample import FINISHED_SET, MANIFEST, Manifest, Sample, read_manifest
 from framework.data.batch import MASKED_SIDE_PX, Batch, Example, collate, masked_example, padded_pixels
 from framework.data.order import (
     MASKED,
@@ -251,8 +251,7 @@ def refuse_no_set(name: str, location: str | Path) -> None:
     if is_remote(location) or Path(location, MANIFEST).is_file():
         return
     found = f"has no {MANIFEST}" if Path(location).exists() else "is not there"
-    raise UsageError(f"{name}: {location} {found}; expected a finished shard set: make one with "
-                     "'python -m data_tools.convert'")  # fmt: skip
+    raise UsageError(f"{name}: {location} {found}; {FINISHED_SET}")
 
 
 def manifest_of(location: str | Path, config: DataConfig) -> Manifest:

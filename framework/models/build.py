@@ -120,7 +120,7 @@ def build_detector(config: ModelConfig) -> Detector:
         Encoder([_xavier(layer) for layer in encoder_layers]),
         queries,
         Decoder([_xavier(layer) for layer in decoder_layers], class_heads, box_heads, parts.output_norm(),
-                refine=config.refine_boxes),
+                refine=config.refine_boxes, cast_tokens=config.attention == "deformable"),
         width=config.width,
         position_offset=parts.position_offset,
     )  # fmt: skip

@@ -55,6 +55,7 @@ class Decoder(nn.Module):
 
     output_norm: applied to every layer's output before the heads. refine: every layer's boxes, detached, are
     the next one's references (Zhu et al. 2021, A.4); otherwise all layers keep the first references.
+    cast_tokens: for autocast once, not in each layer; for cross-attention that adds nothing to them before.
     """
 
     def __init__(
@@ -65,19 +66,21 @@ class Decoder(nn.Module):
         output_norm: nn.Module,
         *,
         refine: bool,
+        cast_tokens: bool = False,
     ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.class_heads = nn.ModuleList(class_heads)
         self.box_heads = nn.ModuleList(box_heads)
         self.output_norm = output_norm
-        self.refine = refine
+        self.refine, self.cast_tokens = refine, cast_tokens
         self.run: Layer = run
 
     def forward(self, queries: QueryState, tokens_BSD: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """Returns logits (K, B, Q, C) and boxes (K, B, Q, 4: cxcywh, fractions of the unpadded image), float32."""
         x_BQD, references_BQn = queries.content_BQD, queries.references_BQn
-        tokens_BSD = cast_once(tokens_BSD)
+        if self.cast_tokens:
+            tokens_BSD = cast_once(tokens_BSD)
         logits, boxes = [], []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads, strict=True):
             x_BQD = self.run(layer, x_BQD, queries.position_BQD, references_BQn, tokens_BSD, pyramid)

@@ -400,8 +400,8 @@ void dropout(const Tensor& x, std::optional<Tensor> other, const Tensor& seed, d
   if (other) check("other", *other);
   d.x = x.const_data_ptr(), d.other = other ? other->const_data_ptr() : nullptr, d.out = out.mutable_data_ptr();
   d.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
-  d.threshold = static_cast<uint32_t>(std::lround(p * 0x1p16));
-  d.scale = static_cast<float>(1 / (1 - p));
+  d.threshold = static_cast<uint32_t>(std::min(std::lround(p * 0x1p16), 0xffffl));
+  d.scale = static_cast<float>(0x1p16 / (0x1p16 - d.threshold));
   const auto kernel = cpu_kernels().dropout;
   const int64_t count = x.numel();
   if (d.out != d.x) use_huge_pages(d.out, count * x.element_size());

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from data_tools import synth
+from data_tools.commit import partial_folder
 from framework.errors import UsageError
 from tests.data_tools.sets import content
 
@@ -189,3 +190,9 @@ def test_a_process_that_is_killed_is_told(tmp_path, monkeypatch):
 def test_impossible_values_are_refused(tmp_path, flag, value):
     with pytest.raises(UsageError, match=f"{flag} {value}: expected 1 to|{flag} {value}: expected 64 to"):
         draw(tmp_path / "set", "--images", "2", flag, value)
+
+
+def test_what_is_not_found_while_a_folder_is_written_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"), partial_folder(tmp_path / "out", ".mark"):
+        raise FileNotFoundError("gone")
+    assert not list(tmp_path.iterdir())

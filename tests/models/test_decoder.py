@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from framework.models.build import build_detector
 from framework.models.decoder import Decoder, offset_boxes
 from framework.models.queries import QueryState
+from tests.models.variants import VARIANTS
 
 
 def sigmoid(x):
@@ -31,14 +33,15 @@ def test_references_at_the_border_stay_finite():
 
 
 class Layer(torch.nn.Module):
-    """Adds the first reference number to the features, and keeps the references."""
+    """Adds the first reference number to the features, and keeps the references and the tokens."""
 
     def __init__(self):
         super().__init__()
-        self.references = []
+        self.references, self.tokens = [], []
 
     def forward(self, x_BQD, position_BQD, references_BQn, tokens_BSD, pyramid):
         self.references.append(references_BQn)
+        self.tokens.append(tokens_BSD)
         return x_BQD + references_BQn[..., :1]
 
 
@@ -68,3 +71,19 @@ def test_without_refinement_all_layers_keep_the_first_references():
     assert all(one is first for one in references)
     boxes_KBQ4[2].sum().backward()
     assert first.grad.any()
+
+
+@pytest.mark.parametrize("cast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_tokens_are_cast_for_all_layers_at_once(cast, dtype):
+    layer, head = Layer(), torch.nn.Linear(4, 4)
+    decoder = Decoder([layer] * 3, [head] * 3, [head] * 3, torch.nn.Identity(), refine=False, cast_tokens=cast)
+    state = QueryState(torch.randn(1, 5, 4), torch.randn(1, 5, 4), torch.rand(1, 5, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder(state, torch.randn(1, 7, 4), None)
+    assert layer.tokens[0].dtype == dtype and all(one is layer.tokens[0] for one in layer.tokens)
+
+
+def test_tokens_that_a_position_is_added_to_are_not_cast():
+    with torch.device("meta"):
+        casts = {kind: build_detector(VARIANTS[kind]).decoder.cast_tokens for kind in ("base", "two_stage", "detr")}
+    assert casts == {"base": True, "two_stage": True, "detr": False}

@@ -7,6 +7,7 @@ from ops import dropout, library
 from ops.dropout import Mode, add_dropout_, relu_dropout_
 
 P = 0.3
+SCALE = 1 / (1 - round(P * 2**16) / 2**16)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -22,12 +23,12 @@ def kept(count, seed=5, p=P, isa_of=torch.float32):
 @pytest.mark.parametrize("count", [0, 1, 7, 63, 64, 16384, 40_001])
 def test_every_kind_follows_from_what_is_kept(isa, count, dtype):
     x, other = torch.randn(2, count).to(dtype)
-    scaled = (x.float() * kept(count) / (1 - P)).to(dtype)
+    scaled = (x.float() * kept(count) * SCALE).to(dtype)
     torch.testing.assert_close(plain(Mode.PLAIN, x, P), scaled)
     torch.testing.assert_close(plain(Mode.RELU, x, P), scaled.relu())
     near = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else {}  # one rounding instead of two
     torch.testing.assert_close(plain(Mode.ADD, x, P, other=other), other + scaled, **near)
-    torch.testing.assert_close(plain(Mode.GATE, x, P, other=other), torch.where(other > 0, x / (1 - P), 0))
+    torch.testing.assert_close(plain(Mode.GATE, x, P, other=other), torch.where(other > 0, x * SCALE, 0))
 
 
 def test_what_is_kept_depends_on_the_seed_alone():
@@ -51,10 +52,15 @@ def test_what_is_kept_depends_on_the_seed_alone():
     assert torch.equal(of_isas[0][:70], kept(70)) and torch.equal(of_isas[0], kept(100_003, isa_of=torch.bfloat16))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.1, 0.5, 0.9, 0.999, 1 - 1e-9])
 def test_the_share_that_is_dropped(p):
+    """To 2^-16, and never everything: what is kept is scaled by so much that the mean stays."""
     count = 1_000_000
-    assert (~kept(count, p=p)).double().mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / count) ** 0.5)
+    share = min(round(p * 2**16), 2**16 - 1) / 2**16
+    near = 4 * (share * (1 - share) / count) ** 0.5
+    assert (~kept(count, p=p)).double().mean().item() == pytest.approx(share, abs=near)
+    scales = plain(Mode.PLAIN, torch.ones(count), p).unique()
+    assert scales[-1].item() == pytest.approx(1 / (1 - share), rel=1e-6) and (scales[:-1] == 0).all()
 
 
 @pytest.mark.parametrize("other_seed", [6, 5 + 2**32, -1, 2**62])
@@ -74,13 +80,14 @@ def test_forward_and_gradients(dtype):
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
     on = y > 0
     assert 0.55 * 0.5 < on.double().mean() < 0.85 * 0.5
-    torch.testing.assert_close(grad, (on / (1 - P)).to(dtype))
-    torch.testing.assert_close(y[on], (x / (1 - P))[on])
+    scale = 1 / (1 - P) if dtype == torch.float64 else SCALE
+    torch.testing.assert_close(grad, (on * scale).to(dtype))
+    torch.testing.assert_close(y[on], (x * scale)[on])
 
     z = add_dropout_(x * 1, residual, P, True)
     grad, grad_residual = torch.autograd.grad(z, [x, residual], torch.ones_like(z))
     assert torch.equal(grad_residual, torch.ones_like(z))
-    assert set(grad.unique().tolist()) == {0.0, torch.tensor(1 / (1 - P), dtype=dtype).item()}
+    assert set(grad.unique().tolist()) == {0.0, torch.tensor(scale, dtype=dtype).item()}
     near = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(z, residual + x * grad, **near)
 

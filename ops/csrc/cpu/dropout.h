@@ -2,7 +2,7 @@
 //
 // Whether an element is kept follows from its index and the seed alone: no mask is stored, the backward computes it
 // again, and no number depends on how many threads there are. Seeds are meant to be 63 random bits: two that differ by
-// a little in their low half alone give the same sequence, shifted.
+// a little in their low half alone share pieces of their sequences.
 #pragma once
 
 #include "kernels_of.h"
@@ -55,8 +55,8 @@ TENFOLD_INLINE void drop_block(const Dropout& d, const V* x, const V* other, V* 
 }
 
 template <class V, DropoutMode mode>
-void drop(const Dropout& caller_s, int64_t begin, int64_t end) {
-  const Dropout d = caller_s;  // which no store below can change
+void drop(const Dropout& given, int64_t begin, int64_t end) {
+  const Dropout d = given;  // which no store below can change
   const V* const x = static_cast<const V*>(d.x);
   const V* const other = static_cast<const V*>(d.other ? d.other : d.x);  // if there is none, it is not read
   V* const out = static_cast<V*>(d.out);
