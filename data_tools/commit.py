@@ -13,6 +13,10 @@ from framework.files import alone_in, sync
 log = logging.getLogger("tenfold")
 
 
+class Faults(InputError):
+    """Of data; its message also tells what is left of the attempt."""
+
+
 @contextlib.contextmanager
 def partial_folder(out: Path, mark: str, *, keep: str | None = None) -> Iterator[Path]:
     """A folder beside `out` to write into; `commit` turns it into `out`, otherwise it is removed at the end.
@@ -36,7 +40,7 @@ def partial_folder(out: Path, mark: str, *, keep: str | None = None) -> Iterator
         except (OSError, KeyboardInterrupt, InputError) as error:
             if not keep or not any(partial.rglob(keep)):
                 _discard(partial, mark)
-            elif str(partial) not in str(error):  # which tells of it already
+            elif not isinstance(error, Faults):  # which tells of it
                 log.info("what is finished stays in %s; the same command goes on with it", partial)
             raise error
         except BaseException:

@@ -23,7 +23,7 @@ import numpy as np
 from data_tools.annotations import DataSet
 from data_tools.classes import read_names
 from data_tools.coco import read_coco
-from data_tools.commit import commit, is_free, partial_folder, remove
+from data_tools.commit import Faults, commit, is_free, partial_folder, remove
 from data_tools.pack import NOTE, jobs_of, pack_all
 from data_tools.sample import INDEX, MANIFEST, SPLITS, Category, Manifest, read_manifest
 from data_tools.shards import WrittenShard, write_manifest
@@ -219,13 +219,13 @@ def left_in(folder: Path) -> str:
 
 
 def refuse(faults: list[str], left: str = "nothing was written") -> None:
-    """Raises InputError that lists the faults, if there are any, and tells what is left of the attempt."""
+    """Raises Faults, a list of them, if there are any; it tells what is left of the attempt."""
     if len(faults) == 1:
-        raise InputError(f"{faults[0]} ({left})")
+        raise Faults(f"{faults[0]} ({left})")
     if faults:
         shown = faults[:SHOWN_FAULTS]
         more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        raise InputError("\n  ".join([f"{len(faults)} faults, {left}:", *shown, *more]))
+        raise Faults("\n  ".join([f"{len(faults)} faults, {left}:", *shown, *more]))
 
 
 def finish_set(folder: Path, data: DataSet, written: list[WrittenShard]) -> dict[str, Any]:
