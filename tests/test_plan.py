@@ -8,6 +8,7 @@ from framework import plan
 from framework.data import order
 from framework.errors import InputError, UsageError
 from tests.data.shards import make_sample, write_shards
+from tests.paths import REPOSITORY
 
 SMALL = ["model.backbone.name=resnet10", "model.backbone.norm=group", "model.backbone.width=32", "model.width=64",
          "model.num_heads=4", "model.ffn_width=128", "model.encoder_layers=1", "model.decoder_layers=1",
@@ -155,9 +156,12 @@ def test_precision_checkpointing_and_offload_reach_the_plan(run):
     (["--gpu-gib", "0"], "--gpu-gib 0: expected above 0"),
     (["--backbone-parameters", "inf"], "--backbone-parameters inf: expected at least 1"),
     (["--config", "not/here.yaml"], "not/here.yaml: No such file"),
+    (["--out", "tests"], "--out: tests is a folder; expected the name of a file"),
     (["train.globalbatch=8"], "unknown key 'train.globalbatch'; did you mean 'train.global_batch'"),
 ])  # fmt: skip
-def test_misuse(run, arguments, message):
+def test_misuse(run, arguments, message, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(plan, "stages_of", None)  # nothing is computed before
     with pytest.raises(UsageError, match=message):
         run(CLASSES, *arguments)
 

@@ -1,8 +1,8 @@
 """What a CPU trains with instead of a row of torch's operators: functions whose gradients are written by hand.
 
 Memory that is touched for the first time costs a CPU as much as computing what is written there. So results go where
-they belong, gradients add up in place, and backward writes to memory that it has read for the last
-time or computes again what one pass over memory gives.
+they belong, gradients add up in place, and backward writes to memory that it has read for the last time or computes
+again what one pass over memory gives.
 
 # B image, S token, Q query, D model width, F hidden width, M head, E head width
 """
